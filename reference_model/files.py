@@ -1,0 +1,42 @@
+"""Files in and out: one error for what a user can mend, and writing that leaves nothing half-written."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class InputError(ValueError):
+    """What a user gave cannot be used; the message is one line with the next step. Exit code 2."""
+
+
+@contextmanager
+def written_whole(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path beside ``path``, and move it onto ``path`` once the block ends well.
+
+    The block writes a file or makes a folder there. If it raises, ``path`` stays as it was. A folder
+    that stood at ``path`` is replaced whole.
+
+    Raises:
+        InputError: The place cannot be written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        room = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+    try:
+        fresh = room / path.name
+        yield fresh
+        if fresh.is_dir() and path.is_dir():
+            os.replace(path, room / "replaced")
+        os.replace(fresh, path)
+    except OSError as error:
+        if error.filename is None or not str(error.filename).startswith((str(path), str(room))):
+            raise
+        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+    finally:
+        shutil.rmtree(room, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""The network: image encoder, text encoder, extractor, mask decoder, loss, checkpoint."""
