@@ -1,0 +1,42 @@
+"""Aggregation block: curated visual tokens -> one visual token per expression token."""
+
+from torch import Tensor, nn
+
+from metris_blocks.ops.aggregation import masked_softmax_aggregation
+
+
+class MaskedSoftmaxAggregation(nn.Module):
+    """Masked-softmax aggregation followed by a projection to the guidance width (METRIS Eq. 5).
+
+    Args:
+        visual_dim: c, channels of the visual tokens (1024 for Swin-B stage 4).
+        dim: d, channels of the guidance tokens.
+        temperature: Divides the scores in the softmax, > 0; 1 is Eq. 5 as printed.
+        divide_by_count: Keep the 1/N_p of Eq. 5.
+
+    Raises:
+        ValueError: ``temperature`` is not positive.
+    """
+
+    def __init__(
+        self, visual_dim: int, dim: int, *, temperature: float = 1.0, divide_by_count: bool = True
+    ) -> None:
+        super().__init__()
+        if not temperature > 0:
+            raise ValueError(f"MaskedSoftmaxAggregation: temperature must be > 0, got {temperature:g}")
+        self.temperature = temperature
+        self.divide_by_count = divide_by_count
+        # Eq. 5 leaves c -> d unsaid. Projecting after the average costs l rows instead of n.
+        self.proj = nn.Linear(visual_dim, dim)
+
+    def forward(self, scores: Tensor, dynamic_mask: Tensor, visual: Tensor) -> Tensor:
+        """(b, l, n), (b, l, n) bool, (b, n, c) -> (b, l, d)."""
+        aggregated = masked_softmax_aggregation(
+            scores,
+            dynamic_mask,
+            visual,
+            temperature=self.temperature,
+            divide_by_count=self.divide_by_count,
+        )
+        out: Tensor = self.proj(aggregated)
+        return out

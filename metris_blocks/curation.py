@@ -1,0 +1,76 @@
+"""Curation block: which visual tokens matter for which expression token (METRIS Eq. 1-3)."""
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from metris_blocks.ops.curation import check_ratio, cosine_relevance, top_r_mask
+from metris_blocks.ops.shapes import check_axes, check_mask
+
+
+class Curation(NamedTuple):
+    """What `RelevanceCuration` returns."""
+
+    scores: Tensor
+    """(b, l, n) relevance S_c, cosine in [-1, 1], float32 or wider; zero in padded rows and columns."""
+    dynamic_mask: Tensor
+    """(b, l, n) bool; True = curated. Rows of padded words are empty."""
+
+
+class RelevanceCuration(nn.Module):
+    """Embed both modalities in a joint space, score them, and keep the top r (METRIS Eq. 1-3).
+
+    Args:
+        visual_dim: c, channels of the visual tokens.
+        language_dim: d, channels of the expression tokens.
+        joint_dim: j, width of the joint space; the paper does not say.
+        ratio: r, share of the visual tokens kept per expression token, in (0, 1].
+
+    Raises:
+        ValueError: ``ratio`` is outside (0, 1].
+    """
+
+    def __init__(
+        self, visual_dim: int, language_dim: int, joint_dim: int = 256, *, ratio: float = 0.3
+    ) -> None:
+        super().__init__()
+        check_ratio("RelevanceCuration", ratio)
+        self.ratio = ratio
+        self.visual_proj = nn.Linear(visual_dim, joint_dim)
+        self.language_proj = nn.Linear(language_dim, joint_dim)
+
+    def forward(
+        self,
+        visual: Tensor,
+        language: Tensor,
+        *,
+        visual_mask: Tensor | None = None,
+        language_mask: Tensor | None = None,
+    ) -> Curation:
+        """Score and curate.
+
+        Args:
+            visual: (b, n, c) tokens F_v.
+            language: (b, l, d) tokens Q̂_L.
+            visual_mask: (b, n) bool; True = real token; others are never curated.
+            language_mask: (b, l) bool; True = real token; others curate nothing.
+        """
+        owner = "RelevanceCuration"
+        axes = {"visual": (visual, "b n c"), "language": (language, "b l d")}
+        masks = {"visual_mask": (visual_mask, "b n"), "language_mask": (language_mask, "b l")}
+        given = {name: (mask, pattern) for name, (mask, pattern) in masks.items() if mask is not None}
+        check_axes(owner, **axes, **given)
+        check_mask(owner, **{name: mask for name, (mask, _) in given.items()})
+
+        if visual_mask is not None:
+            visual = visual.masked_fill(~visual_mask[..., None], 0)
+        if language_mask is not None:
+            language = language.masked_fill(~language_mask[..., None], 0)
+        scores = cosine_relevance(self.visual_proj(visual), self.language_proj(language))
+        if visual_mask is not None:
+            scores = scores.masked_fill(~visual_mask[:, None], 0)
+        dynamic_mask = top_r_mask(scores, self.ratio, visual_mask=visual_mask)
+        if language_mask is not None:
+            scores = scores.masked_fill(~language_mask[..., None], 0)
+            dynamic_mask = dynamic_mask & language_mask[..., None]
+        return Curation(scores, dynamic_mask)

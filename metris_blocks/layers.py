@@ -1,0 +1,144 @@
+"""What blocks share: multi-head attention, the feed-forward net, and the layer made of both."""
+
+from typing import Literal
+
+from einops import rearrange
+from torch import Tensor, nn
+
+from metris_blocks.ops.attention import Backend, absorbed_attention, masked_attention
+from metris_blocks.ops.shapes import zero_unless_any
+
+Norm = Literal["pre", "none"]
+
+
+class MultiHeadAttention(nn.Module):
+    """Multi-head attention from ``dim``-wide queries to ``context_dim``-wide keys and values.
+
+    With ``backend="auto"`` the key and value projections are absorbed (`absorbed_attention`) whenever that
+    takes fewer multiply-adds; the parameters and the result are the same either way.
+
+    Args:
+        dim: Channels of queries and output; a multiple of ``num_heads``.
+        context_dim: Channels of what is attended to.
+        num_heads: Number of heads.
+        dropout: Probability of zeroing an output channel, in [0, 1).
+        backend: As in `masked_attention`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        context_dim: int,
+        *,
+        num_heads: int = 8,
+        dropout: float = 0.0,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"MultiHeadAttention: dim={dim} is not a multiple of num_heads={num_heads}")
+        self.num_heads = num_heads
+        self.backend: Backend = backend
+        self.q_proj = nn.Linear(dim, dim)
+        # A key bias adds the same number to all logits of a row, and cancels in the softmax.
+        self.k_proj = nn.Linear(context_dim, dim, bias=False)
+        self.v_proj = nn.Linear(context_dim, dim)
+        self.out_proj = nn.Linear(dim, dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(b, l, dim), (b, n, context_dim), (b, l, n) or (b, n) bool -> (b, l, dim)."""
+        attend = self._absorbed if self._absorbs(x, context) else self._projected
+        out: Tensor = self.dropout(self.out_proj(attend(x, context, mask)))
+        return out
+
+    def _absorbs(self, x: Tensor, context: Tensor) -> bool:
+        """Compare multiply-adds per sample: project n keys and values, or widen l rows to c per head."""
+        (l, o), (n, c) = x.shape[1:], context.shape[1:]
+        projected = 2 * n * c * o + 2 * l * n * o
+        absorbed = 2 * l * c * o + 2 * l * n * c * self.num_heads
+        return self.backend == "auto" and absorbed < projected
+
+    def _projected(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is not None:
+            # Before the projections too: their weight gradients multiply zeros by what the tokens hold.
+            (context,) = zero_unless_any(mask, context)
+        query, key, value = (
+            rearrange(proj(tokens), "b s (heads e) -> b s heads e", heads=self.num_heads)
+            for proj, tokens in ((self.q_proj, x), (self.k_proj, context), (self.v_proj, context))
+        )
+        out = masked_attention(query, key, value, mask, backend=self.backend)
+        return rearrange(out, "b l heads e -> b l (heads e)")
+
+    def _absorbed(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+        return absorbed_attention(
+            x,
+            context,
+            mask,
+            self.q_proj.weight,
+            self.k_proj.weight,
+            self.v_proj.weight,
+            num_heads=self.num_heads,
+            query_bias=self.q_proj.bias,
+            value_bias=self.v_proj.bias,
+        )
+
+
+class FeedForward(nn.Sequential):
+    """Two linear layers with GELU between: the MLP of METRIS Eq. 6-7. (..., dim) -> (..., dim).
+
+    Args:
+        dim: Channels in and out.
+        mlp_ratio: Hidden channels per channel; the paper does not say, 4 is the Transformer's.
+        dropout: Probability of zeroing an output channel, in [0, 1).
+    """
+
+    def __init__(self, dim: int, *, mlp_ratio: float = 4.0, dropout: float = 0.0) -> None:
+        hidden = int(dim * mlp_ratio)
+        super().__init__(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim), nn.Dropout(dropout))
+
+
+class AttentionLayer(nn.Module):
+    """Attention and MLP, each added to its input: the form that METRIS Eq. 6 and Eq. 7 share.
+
+    ``x̂ = MHA(x, context, mask) + x``, then ``MLP(x̂) + x̂``.
+
+    Args:
+        dim: Channels of ``x`` and of the result.
+        context_dim: Channels of the context. None: self-attention, the context is ``x`` itself.
+        num_heads: Number of heads.
+        mlp_ratio: Hidden channels of the MLP per channel.
+        dropout: Probability of zeroing a channel that attention or MLP adds, in [0, 1).
+        norm: "pre" normalises ``x`` before attention and before the MLP; "none" is the equations to the
+            letter.
+        backend: As in `masked_attention`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        context_dim: int | None = None,
+        *,
+        num_heads: int = 8,
+        mlp_ratio: float = 4.0,
+        dropout: float = 0.0,
+        norm: Norm = "pre",
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        if norm not in ("pre", "none"):
+            raise ValueError(f"AttentionLayer: norm must be 'pre' or 'none', got {norm!r}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"AttentionLayer: dropout must be in [0, 1), got {dropout:g}")
+        width = dim if context_dim is None else context_dim
+        self.attention_norm = nn.LayerNorm(dim) if norm == "pre" else nn.Identity()
+        self.attention = MultiHeadAttention(dim, width, num_heads=num_heads, dropout=dropout, backend=backend)
+        self.mlp_norm = nn.LayerNorm(dim) if norm == "pre" else nn.Identity()
+        self.mlp = FeedForward(dim, mlp_ratio=mlp_ratio, dropout=dropout)
+
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """(b, l, dim), (b, n, context_dim) or None, (b, l, n) or (b, n) bool -> (b, l, dim)."""
+        normed = self.attention_norm(x)
+        x = x + self.attention(normed, normed if context is None else context, mask)
+        out: Tensor = x + self.mlp(self.mlp_norm(x))
+        return out

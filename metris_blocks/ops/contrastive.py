@@ -1,0 +1,64 @@
+"""Pixel contrastive loss: the global cue's relevance, supervised by the target mask (METRIS Eq. 4)."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from metris_blocks.ops.shapes import at_least_float32, check_axes, check_mask
+
+# Far beyond any cosine over a temperature, and small enough that sums over an image stay finite.
+_LARGEST_LOGIT = 1e30
+
+
+def pixel_contrastive_loss(
+    scores: Tensor,
+    target: Tensor,
+    temperature: Tensor | float,
+    *,
+    valid: Tensor | None = None,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+) -> Tensor:
+    """Pull relevant pixels towards the expression and push the others away.
+
+    METRIS Eq. 4: ``-log σ(s_z/τ)`` on target pixels and ``-log(1 - σ(s_z/τ))`` elsewhere, that is binary
+    cross-entropy with logits s/τ. Fractions of a pixel in ``target`` weigh the two terms.
+
+    Args:
+        scores: (b, n) relevance s of the global expression token; cosine, no unit.
+        target: (b, n) share of each token's area that belongs to the target, in [0, 1].
+        temperature: τ > 0, a number or a tensor of one element; may require grad.
+        valid: (b, n) bool; True = counts. None: all count. Left-out tokens may hold NaN.
+        reduction: "mean" over the tokens that count, "sum", or "none".
+
+    Returns:
+        A scalar, or (b, n) for "none" with zeros where ``valid`` is False; float32 or wider, finite for any
+        finite input. With nothing valid the mean is 0.
+
+    Raises:
+        ValueError: An axis differs between the arguments, or ``reduction`` is unknown.
+        TypeError: ``valid`` is not bool.
+    """
+    op = "pixel_contrastive_loss"
+    check_axes(op, scores=(scores, "b n"), target=(target, "b n"))
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"{op}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    if valid is not None:
+        check_axes(op, scores=(scores, "b n"), valid=(valid, "b n"))
+        check_mask(op, valid=valid)
+        scores, target = scores.masked_fill(~valid, 0), target.masked_fill(~valid, 0)
+
+    with torch.autocast(scores.device.type, enabled=False):
+        logits = at_least_float32(scores) / temperature
+        logits = logits.clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT)
+        loss = F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype), reduction="none")
+    if valid is not None:
+        loss = loss.masked_fill(~valid, 0)
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    # Divide before the sum: a sum of large losses could overflow where their mean does not.
+    count = valid.sum().clamp_min(1) if valid is not None else max(1, loss.numel())
+    return (loss / count).sum()

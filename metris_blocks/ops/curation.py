@@ -1,0 +1,90 @@
+"""Relevance curation: cosine scores and the exact top-r dynamic mask (METRIS Eq. 2-3)."""
+
+import math
+
+import torch
+from einops import einsum
+from torch import Tensor
+from torch.nn import functional as F
+
+from metris_blocks.ops.shapes import at_least_float32, check_axes, check_mask
+
+
+def cosine_relevance(visual: Tensor, language: Tensor) -> Tensor:
+    """Score every visual token against every expression token by cosine similarity.
+
+    METRIS Eq. 2: ``S_c = C(X, Y)``, ``S_c[l, n] = X[n]·Y[l] / (|X[n]| |Y[l]|)``. Autocast is off inside:
+    scores in 16 bits tie so often that top-r would keep the wrong tokens.
+
+    Args:
+        visual: (b, n, j) visual tokens X in the joint space.
+        language: (b, l, j) expression tokens Y in the joint space.
+
+    Returns:
+        (b, l, n) cosines in [-1, 1], no unit; float32, or wider where the inputs are. A zero vector scores 0.
+
+    Raises:
+        ValueError: An axis differs between the arguments.
+    """
+    check_axes("cosine_relevance", visual=(visual, "b n j"), language=(language, "b l j"))
+    with torch.autocast(visual.device.type, enabled=False):
+        x = F.normalize(at_least_float32(visual), dim=-1)
+        y = F.normalize(at_least_float32(language), dim=-1)
+        return einsum(y, x, "b l j, b n j -> b l n")
+
+
+def top_r_mask(scores: Tensor, ratio: float, *, visual_mask: Tensor | None = None) -> Tensor:
+    """Mark the ``ratio`` most relevant visual tokens of each expression token.
+
+    METRIS Eq. 2-3: ``E = R(S_c, r)``, here as the mask of E. Each row keeps exactly
+    ``N_p = max(1, floor(ratio · n_valid + 1/2))`` tokens, where ``n_valid`` counts the real visual tokens.
+    Equal scores are kept from the lowest index up, on every device. NaN ranks above every number.
+
+    Args:
+        scores: (b, l, n) relevance S_c, no unit.
+        ratio: r, share of the visual tokens to keep, in (0, 1].
+        visual_mask: (b, n) bool; True = real visual token. None: all are real.
+
+    Returns:
+        (b, l, n) bool; True = curated. A sample without real visual tokens has empty rows.
+
+    Raises:
+        ValueError: ``ratio`` is outside (0, 1], or an axis differs between the arguments.
+        TypeError: ``visual_mask`` is not bool.
+    """
+    op = "top_r_mask"
+    check_ratio(op, ratio)
+    n = check_axes(op, scores=(scores, "b l n"))["n"]
+    # -0.0 equals 0.0 in the definition; radix sorts on some devices order their bits.
+    scores = torch.where(scores == 0, 0.0, scores.detach())
+    # torch.topk leaves the order of ties open; a stable sort does not.
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
+    if visual_mask is None:
+        kept = torch.arange(n, device=scores.device) < max(1, math.floor(ratio * n + 0.5))
+        return _in_place_of_rank(order, kept)
+    check_axes(op, scores=(scores, "b l n"), visual_mask=(visual_mask, "b n"))
+    check_mask(op, visual_mask=visual_mask)
+    n_valid = visual_mask.sum(dim=-1)
+    # float64, since 0.3 · 225 in float32 is not the 67.5 that rounds up.
+    count = torch.floor(ratio * n_valid.double() + 0.5).long().clamp_min(1).minimum(n_valid)
+    # Rank among the real tokens only: whatever padding scores, -inf and NaN too, it is passed over.
+    real = visual_mask[:, None].expand_as(order).gather(-1, order)
+    return _in_place_of_rank(order, real & (real.cumsum(dim=-1) <= count[:, None, None]))
+
+
+def check_ratio(owner: str, ratio: float) -> None:
+    """Refuse a share of tokens that is not one.
+
+    Raises:
+        ValueError: ``ratio`` is outside (0, 1]; says so where a percentage was given.
+    """
+    if not 0 < ratio <= 1:
+        percent = (
+            f"; the paper's r = {ratio:g} means per cent, here {ratio / 100:g}" if 1 < ratio <= 100 else ""
+        )
+        raise ValueError(f"{owner}: ratio must be in (0, 1], got {ratio:g}{percent}")
+
+
+def _in_place_of_rank(order: Tensor, kept: Tensor) -> Tensor:
+    """Carry marks given by rank, (b, l, n) or (n), back to the tokens that hold these ranks."""
+    return torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, kept.expand_as(order))

@@ -1,0 +1,54 @@
+"""One check for every tensor contract: axis letters must mean one size across all arguments."""
+
+import torch
+from torch import Tensor
+
+
+def check_axes(op: str, **tensors: tuple[Tensor, str]) -> dict[str, int]:
+    """Bind axis letters to sizes in argument order and refuse the first contradiction.
+
+    ``check_axes("op", scores=(s, "b l n"), visual=(v, "b n c"))`` returns ``{"b": 2, "l": 20, ...}``.
+
+    Raises:
+        ValueError: Names the op, the argument, the axis, both sizes and who set the first one.
+    """
+    sizes: dict[str, int] = {}
+    owner: dict[str, str] = {}
+    for name, (tensor, pattern) in tensors.items():
+        axes = pattern.split()
+        if tensor.ndim != len(axes):
+            raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected axes '{pattern}'")
+        for axis, size in zip(axes, tensor.shape, strict=True):
+            if sizes.setdefault(axis, size) != size:
+                raise ValueError(
+                    f"{op}: {name} '{pattern}' has {axis}={size}, but {owner[axis]} has {axis}={sizes[axis]}"
+                )
+            owner.setdefault(axis, name)
+    return sizes
+
+
+def check_mask(op: str, **masks: Tensor) -> None:
+    """Refuse masks that are not boolean; the house reads True as "takes part".
+
+    Raises:
+        TypeError: Names the op, the mask and its dtype.
+    """
+    for name, mask in masks.items():
+        if mask.dtype is not torch.bool:
+            raise TypeError(f"{op}: {name} must be bool (True = takes part), got {mask.dtype}")
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Widen 16-bit floats to float32; leave float32 and float64 as they are."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def zero_unless_any(mask: Tensor, *tensors: Tensor) -> list[Tensor]:
+    """Zero the visual tokens that no row attends to, so that NaN there cannot leak through ``0 · NaN``.
+
+    Args:
+        mask: (b, l, n) or (b, n) bool.
+        tensors: (b, n, ...) each.
+    """
+    attended = mask.any(dim=1) if mask.ndim == 3 else mask
+    return [x.masked_fill(~attended.reshape(*attended.shape, *(1,) * (x.ndim - 2)), 0) for x in tensors]

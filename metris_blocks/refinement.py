@@ -1,0 +1,54 @@
+"""Refinement block: each aggregated token looks again at the tokens curated for it (METRIS Eq. 6)."""
+
+from torch import Tensor, nn
+
+from metris_blocks.layers import AttentionLayer, Norm
+from metris_blocks.ops.attention import Backend
+from metris_blocks.ops.shapes import check_axes, check_mask
+
+
+class DynamicMaskCrossAttention(nn.Module):
+    """Cross-attention under the dynamic mask (METRIS Eq. 6).
+
+    ``F̂ = MHCA(F_a, F_v, M) + F_a; F_r = MLP(F̂) + F̂``
+
+    Args:
+        dim: d, channels of the aggregated tokens.
+        visual_dim: c, channels of the visual tokens.
+        num_heads: Number of heads.
+        mlp_ratio: Hidden channels of the MLP per channel.
+        dropout: Probability of zeroing a channel that attention or MLP adds, in [0, 1).
+        norm: "pre" or "none" (Eq. 6 to the letter), as in `AttentionLayer`.
+        backend: As in `masked_attention`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        visual_dim: int,
+        *,
+        num_heads: int = 8,
+        mlp_ratio: float = 4.0,
+        dropout: float = 0.0,
+        norm: Norm = "pre",
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        self.layer = AttentionLayer(
+            dim,
+            visual_dim,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            dropout=dropout,
+            norm=norm,
+            backend=backend,
+        )
+
+    def forward(self, aggregated: Tensor, visual: Tensor, dynamic_mask: Tensor) -> Tensor:
+        """(b, l, d), (b, n, c), (b, l, n) bool -> refined tokens F_r (b, l, d)."""
+        owner = "DynamicMaskCrossAttention"
+        axes = {"aggregated": (aggregated, "b l d"), "visual": (visual, "b n c")}
+        check_axes(owner, **axes, dynamic_mask=(dynamic_mask, "b l n"))
+        check_mask(owner, dynamic_mask=dynamic_mask)
+        out: Tensor = self.layer(aggregated, visual, dynamic_mask)
+        return out

@@ -1,0 +1,49 @@
+"""Relationship block: visual tokens of one expression complete one another (METRIS Eq. 7)."""
+
+from torch import Tensor, nn
+
+from metris_blocks.layers import AttentionLayer, Norm
+from metris_blocks.ops.attention import Backend
+from metris_blocks.ops.shapes import check_axes, check_mask
+
+
+class VisualRelationshipSelfAttention(nn.Module):
+    """Self-attention among the refined tokens (METRIS Eq. 7).
+
+    ``Q̂ = MHSA(F_r) + F_r; Q̂_V = MLP(Q̂) + Q̂``
+
+    Args:
+        dim: d, channels of the tokens.
+        num_heads: Number of heads.
+        mlp_ratio: Hidden channels of the MLP per channel.
+        dropout: Probability of zeroing a channel that attention or MLP adds, in [0, 1).
+        norm: "pre" or "none" (Eq. 7 to the letter), as in `AttentionLayer`.
+        backend: As in `masked_attention`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heads: int = 8,
+        mlp_ratio: float = 4.0,
+        dropout: float = 0.0,
+        norm: Norm = "pre",
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        self.layer = AttentionLayer(
+            dim, num_heads=num_heads, mlp_ratio=mlp_ratio, dropout=dropout, norm=norm, backend=backend
+        )
+
+    def forward(self, refined: Tensor, language_mask: Tensor | None = None) -> Tensor:
+        """(b, l, d), (b, l) bool True = real word -> visual expression Q̂_V (b, l, d), zero where padded."""
+        if language_mask is None:
+            unpadded: Tensor = self.layer(refined)
+            return unpadded
+        owner = "VisualRelationshipSelfAttention"
+        check_mask(owner, language_mask=language_mask)
+        check_axes(owner, refined=(refined, "b l d"), language_mask=(language_mask, "b l"))
+        padded = ~language_mask[..., None]
+        tokens: Tensor = self.layer(refined.masked_fill(padded, 0), mask=language_mask)
+        return tokens.masked_fill(padded, 0)

@@ -1,0 +1,106 @@
+"""The command ``metris``: one line per command; what a command needs is imported when it is called."""
+
+import sys
+import warnings
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from reference_model.configs import Parser, known_keys, preset_file, preset_names, read_yaml, refuse_unknown
+from reference_model.files import InputError
+
+# command -> where its config and its function are
+COMMANDS = {
+    "generate": ("data.synthetic.config:GenerateConfig", "data.synthetic.export:generate"),
+    "train": ("training.config:TrainConfig", "training.train:train"),
+    "evaluate": ("scoring.config:EvaluateConfig", "scoring.evaluate:evaluate"),
+    "predict": ("viewing.config:PredictConfig", "viewing.predict:predict"),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; exit code 0, or 2 with one line on stderr for what a user can mend."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    warnings.formatwarning = lambda message, *_, **__: f"metris: warning: {message}\n"
+    try:
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print(_usage())
+            return 0
+        name, *rest = arguments
+        if name not in COMMANDS:
+            raise InputError(f"unknown command {name}, expected one of {', '.join(COMMANDS)}")
+        config = parse(name, rest)
+        _load(COMMANDS[name][1])(config)
+    except InputError as error:
+        print(f"metris: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("metris: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse(name: str, arguments: list[str]) -> Any:
+    """Turn the arguments of a command into its config: preset and config files first, then overrides.
+
+    Raises:
+        InputError: A file, key or value cannot be used.
+    """
+    config_class = _load(COMMANDS[name][0])
+    parser = Parser(prog=f"metris {name}", description=config_class.__doc__)
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="YAML file of the options below, repeatable; --preset NAME takes one of this package's: "
+        + ", ".join(preset_names()),
+    )
+    parser.add_class_arguments(config_class, as_group=False)
+    files, overrides = _split(arguments, parser.prog)
+    for path in files:
+        read_yaml(path, config_class)
+    keys = [*known_keys(config_class), "help", "config", "preset", "print_config"]
+    for argument in overrides:
+        key = argument.removeprefix("--").split("=")[0].removesuffix("+")
+        inside_mapping = key.rsplit(".", 1)[0].endswith("_options")
+        if argument.startswith("--") and key not in keys and not inside_mapping:
+            refuse_unknown(parser.prog, key, config_class)
+    parsed = parser.parse_args([*(f"--config={path}" for path in files), *overrides])
+    filled = vars(parser.instantiate(parsed))
+    return config_class(**{key: value for key, value in filled.items() if key != "config"})
+
+
+def _split(arguments: list[str], prog: str) -> tuple[list[Path], list[str]]:
+    """Part config files (presets among them) from overrides, and let a bare --flag mean true."""
+    files, overrides = [], []
+    waiting = list(arguments)
+    while waiting:
+        name, has_value, value = waiting.pop(0).partition("=")
+        if name in ("--config", "--preset"):
+            if not has_value and not waiting:
+                raise InputError(f"{prog}: {name} needs a value; see {prog} --help")
+            value = value if has_value else waiting.pop(0)
+            files.append(preset_file(value) if name == "--preset" else Path(value))
+        elif name in ("--json", "--baselines", "--cache") and not has_value:
+            follows = waiting[:1] in (["true"], ["false"])
+            overrides.append(f"{name}={waiting.pop(0) if follows else 'true'}")
+        else:
+            overrides.append(f"{name}{has_value}{value}")
+    return files, overrides
+
+
+def _usage() -> str:
+    lines = ["usage: metris COMMAND [options]", "", "commands:"]
+    for name, (config, _) in COMMANDS.items():
+        lines.append(f"  {name:10} {_load(config).__doc__.splitlines()[0]}")
+    return "\n".join(
+        [*lines, "", "metris COMMAND --help lists the options of a command, with units and defaults"]
+    )
+
+
+def _load(place: str) -> Any:
+    module, name = place.split(":")
+    return getattr(import_module(f"reference_model.{module}"), name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,201 @@
+"""From records to batches: sentences of one image share it, so that it is decoded and encoded once."""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from reference_model.data.plain import shown
+from reference_model.data.records import Record
+from reference_model.data.transforms import image_pixels, normalized, open_image, resize_mask
+from reference_model.files import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Tokens(NamedTuple):
+    """Tokenised sentences."""
+
+    token_ids: Tensor
+    """(b, l) int64; index 0 is [CLS], padding at the end."""
+
+    language_mask: Tensor
+    """(b, l) bool; True = real token, [CLS] and [SEP] included."""
+
+
+class Item(NamedTuple):
+    """One record with its image and mask."""
+
+    record: Record
+    image: Tensor
+    """(3, s, s) float32, normalised."""
+
+    mask: Tensor
+    """(s, s) float32 of zeros and ones."""
+
+
+class Batch(NamedTuple):
+    """b sentences about u different images."""
+
+    images: Tensor
+    """(u, 3, s, s) float32, normalised, each image once."""
+
+    image_index: Tensor
+    """(b,) int64; the row of ``images`` that a sentence is about."""
+
+    token_ids: Tensor
+    """(b, l) int64."""
+
+    language_mask: Tensor
+    """(b, l) bool; True = real token."""
+
+    masks: Tensor
+    """(b, s, s) float32 of zeros and ones."""
+
+    records: list[Record]
+    """The b records, in order."""
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """Move the tensors; copies from pinned memory run beside the computation."""
+        return self._make(
+            value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for value in self
+        )
+
+
+class ReferringDataset(Dataset[Item]):
+    """Records with their images and masks at one square size.
+
+    Args:
+        records: What a reader gave.
+        size: s, side of image and mask, pixels.
+        cache: Keep each image (3·s² bytes) and mask (s² bytes) in memory once made. A worker process of a
+            DataLoader keeps its own.
+    """
+
+    def __init__(self, records: Sequence[Record], size: int, *, cache: bool = False) -> None:
+        if size < 1:
+            raise ValueError(f"ReferringDataset: size must be at least 1 pixel, got {size}")
+        self.records = records
+        self.size = size
+        self.cache = cache
+        self._pixels: dict[Path, Tensor] = {}
+        self._masks: dict[int, Tensor] = {}
+        # Sentences of one object share its segmentation, while ids of annotations need not be unique.
+        self._object = [id(record.segmentation) for record in records]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Item:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Item]:
+        """Make a whole batch (DataLoader asks for it): an image of several sentences is decoded once."""
+        images: dict[Path, Tensor] = {}
+        items = []
+        for index in indices:
+            record = self.records[index]
+            if record.image not in images:
+                images[record.image] = normalized(self._image(record))
+            items.append(Item(record, images[record.image], self._mask(index).float()))
+        return items
+
+    def _image(self, record: Record) -> Tensor:
+        pixels = self._pixels.get(record.image)
+        if pixels is None:
+            image = open_image(record.image, height_width=(record.height, record.width))
+            pixels = image_pixels(image, self.size)
+            if self.cache:
+                self._pixels[record.image] = pixels
+        return pixels
+
+    def _mask(self, index: int) -> Tensor:
+        mask = self._masks.get(self._object[index])
+        if mask is None:
+            whole = self.records[index].mask()
+            mask = torch.from_numpy(resize_mask(whole, self.size, self.size)).to(torch.uint8)
+            if self.cache:
+                self._masks[self._object[index]] = mask
+        return mask
+
+
+class Collate:
+    """Make a :class:`Batch` of items; to be given to a DataLoader as ``collate_fn``.
+
+    Args:
+        tokenizer: BERT's or CLIP's.
+        max_tokens: The most tokens of a sentence, [CLS] and [SEP] included.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", max_tokens: int = 20) -> None:
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+
+    def __call__(self, items: Sequence[Item]) -> Batch:
+        images: dict[Path, Tensor] = {}
+        for record, image, _ in items:
+            images.setdefault(record.image, image)
+        row = {path: index for index, path in enumerate(images)}
+        records = [item.record for item in items]
+        tokens = tokenize(self.tokenizer, [record.expression for record in records], self.max_tokens)
+        return Batch(
+            images=torch.stack(list(images.values())),
+            image_index=torch.tensor([row[record.image] for record in records]),
+            token_ids=tokens.token_ids,
+            language_mask=tokens.language_mask,
+            masks=torch.stack([item.mask for item in items]),
+            records=records,
+        )
+
+
+def tokenize(
+    tokenizer: "PreTrainedTokenizerBase", expressions: Sequence[str], max_tokens: int = 20
+) -> Tokens:
+    """Tokenise sentences and pad them to the longest one.
+
+    Args:
+        tokenizer: BERT's or CLIP's, one that puts special tokens around a sentence.
+        expressions: b sentences.
+        max_tokens: The most tokens of a sentence, special ones included. A longer sentence is cut with a
+            warning; its last token stays the closing one ([SEP]).
+
+    Returns:
+        (b, l) int64 token ids and (b, l) bool mask, l at most ``max_tokens``.
+
+    Raises:
+        InputError: A sentence has no word.
+        ValueError: ``max_tokens`` leaves no room for a word, or there is no sentence.
+    """
+    special = tokenizer.num_special_tokens_to_add()
+    if max_tokens <= special:
+        raise ValueError(f"tokenize: max_tokens is {max_tokens}, but {special} of them are special tokens")
+    if isinstance(expressions, str):
+        raise TypeError("tokenize: expressions is one string, expected a list of them")
+    if not expressions:
+        raise ValueError("tokenize: expressions is empty, expected at least one")
+    for expression in expressions:
+        try:
+            expression.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"{shown(expression)}: not valid Unicode text; mend that sentence") from error
+    rows = tokenizer(list(expressions), verbose=False)["input_ids"]
+    for index, (expression, ids) in enumerate(zip(expressions, rows)):
+        if len(ids) <= special:
+            raise InputError(f"{shown(expression)}: has no word; write what to look for")
+        if len(ids) > max_tokens:
+            warnings.warn(
+                f"{expression!r} has {len(ids)} tokens with the special ones, {max_tokens} are kept",
+                stacklevel=2,
+            )
+            rows[index] = [*ids[: max_tokens - 1], ids[-1]]
+    lengths = torch.tensor([len(row) for row in rows])
+    longest = int(lengths.max())
+    return Tokens(
+        torch.tensor([row + [tokenizer.pad_token_id] * (longest - len(row)) for row in rows]),
+        torch.arange(longest) < lengths[:, None],
+    )

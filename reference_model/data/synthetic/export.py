@@ -1,0 +1,280 @@
+"""From settings to a data set on disk, in the layout of REFER (RefCOCO).
+
+refcoco/refs(unc).p       references with their sentences; each sentence also carries its `program`
+refcoco/instances.json    COCO: every object of every picture is annotated, targets or not
+images/train2014/COCO_train2014_%012d.jpg
+scenes.json               the scene graph of each picture, objects in painter's order
+generated.json            the settings
+"""
+
+import json
+import multiprocessing
+import pickle
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from reference_model.data.synthetic.config import GenerateConfig
+from reference_model.data.synthetic.program import Program, describe
+from reference_model.data.synthetic.render import painted_ids, picture, polygons, visible_ids
+from reference_model.data.synthetic.scene import PRESETS, Preset, SceneObject, outline_area, sample_scene
+from reference_model.data.synthetic.words import sentence
+from reference_model.files import InputError, written_whole
+
+VERSION = 1
+"""Raise it with every change that alters a byte of what a config makes."""
+
+VISIBLE = 0.7
+"""Least visible fraction of any object; a scene that hides more is drawn anew."""
+
+PICTURES = "images/train2014"
+SPLITS = ("train", "val", "testA", "testB")
+
+
+class Job(NamedTuple):
+    """One picture to make."""
+
+    split: str
+    index: int
+    image_id: int
+
+
+def generate(config: GenerateConfig) -> Path:
+    """Write the data set that the settings describe, whole or not at all.
+
+    Returns:
+        The root. A root that already holds this very data set is left as it is.
+
+    Raises:
+        InputError: A setting is out of range; the root holds something else; it cannot be written.
+    """
+    _check_ranges(config)
+    if _is_up_to_date(config):
+        print(f"{config.root}: up to date", file=sys.stderr)
+        return config.root
+    jobs = list(_jobs(config))
+    with written_whole(config.root.resolve()) as root:
+        (root / PICTURES).mkdir(parents=True)
+        (root / "refcoco").mkdir()
+        with _mapping(config.workers) as mapping:
+            made = mapping(partial(_make, config=config, folder=root / PICTURES), jobs)
+            pictures = list(tqdm(made, "pictures", len(jobs), file=sys.stderr, disable=None))
+        refs, annotations, scenes = _numbered(jobs, pictures)
+        # Through JSON and back: pickle writes an object once however often it occurs, and which strings are
+        # one object would otherwise depend on the number of workers.
+        refs = json.loads(json.dumps(refs))
+        (root / "refcoco" / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
+        _write_json(root / "refcoco" / "instances.json", _instances(config, jobs, annotations))
+        _write_json(root / "scenes.json", scenes)
+        _write_json(root / "generated.json", _settings(config))
+    return config.root
+
+
+def _check_ranges(config: GenerateConfig) -> None:
+    for field, low, high in (
+        ("size", 32, 2048),
+        ("train", 0, 10**7),
+        ("val", 0, 10**7),
+        ("test", 0, 10**7),
+        ("seed", 0, 2**63 - 1),
+        ("workers", 1, 256),
+    ):
+        value = getattr(config, field)
+        if type(value) is not int or not low <= value <= high:
+            raise InputError(
+                f"GenerateConfig: {field} must be a whole number in [{low}, {high}], got {value!r}"
+            )
+    if config.scenes not in PRESETS:
+        raise InputError(f"GenerateConfig: scenes must be one of {list(PRESETS)}, got {config.scenes!r}")
+    if not config.train + config.val + config.test:
+        raise InputError("GenerateConfig: train, val and test are all 0, at least one must be 1 or more")
+
+
+def _settings(config: GenerateConfig) -> dict[str, Any]:
+    """All that the bytes depend on."""
+    fields = asdict(config)
+    return {"version": VERSION} | {k: v for k, v in fields.items() if k not in ("root", "workers")}
+
+
+def _is_up_to_date(config: GenerateConfig) -> bool:
+    root = config.root
+    try:
+        if not root.exists() or (root.is_dir() and not any(root.iterdir())):
+            return False
+        held = json.loads((root / "generated.json").read_text())
+    except (OSError, ValueError):
+        raise InputError(f"{root}: is there and was not made by generate; choose another root") from None
+    asked = _settings(config)
+    if held == asked:
+        return True
+    held = held if isinstance(held, dict) else {}
+    differs = [f"{k}={held.get(k)!r} (asked for {v!r})" for k, v in asked.items() if held.get(k) != v]
+    raise InputError(f"{root}: holds a set with {', '.join(differs)}; choose another root or remove this one")
+
+
+def _jobs(config: GenerateConfig) -> Iterator[Job]:
+    image_id = 0
+    for split in SPLITS:
+        for index in range(config.test if split.startswith("test") else getattr(config, split)):
+            image_id += 1
+            yield Job(split, index, image_id)
+
+
+@contextmanager
+def _mapping(workers: int) -> Iterator[Any]:
+    """Give a `map` that keeps the order, over so many processes."""
+    if workers == 1:
+        yield map
+        return
+    # Spawned rather than forked: the caller may hold the threads of torch.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        try:
+            yield partial(pool.map, chunksize=32)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _make(job: Job, config: GenerateConfig, folder: Path) -> dict[str, Any]:
+    """Make one picture: write it, and return its objects and references, not yet numbered."""
+    rng = Random(f"{config.seed} {job.split} {job.index}")
+    preset = PRESETS[config.scenes]
+    while True:
+        scene = sample_scene(preset, rng)
+        painted = painted_ids(scene, config.size)
+        ids = visible_ids(painted)
+        seen = np.bincount(ids.ravel(), minlength=len(scene) + 1)[1:]
+        whole = np.array([outline_area(item) for item in scene]) * config.size**2
+        if (seen < VISIBLE * whole).any():
+            continue
+        refs = _references(scene, preset, job.split, rng)
+        if len(refs) >= 2:
+            break
+    image = picture(scene, painted, rng)
+    image.save(folder / _file_name(job.image_id), quality=92, subsampling=0)
+    return {
+        "objects": [item._asdict() for item in scene],
+        "annotations": [
+            _annotation(ids == k + 1, preset.shapes.index(scene[k].shape)) for k in range(len(scene))
+        ],
+        "refs": refs,
+    }
+
+
+def _references(
+    scene: tuple[SceneObject, ...], preset: Preset, split: str, rng: Random
+) -> dict[int, list[tuple[str, Program]]]:
+    """Two to four targets, where the scene has them, each with one to three sentences.
+
+    The family of the first sentence is drawn before its target, or few would be superlatives.
+    """
+    free = [k for k, item in enumerate(scene) if item.shape in preset.targets(split)]
+    refs: dict[int, list[tuple[str, Program]]] = {}
+    for _ in range(rng.randint(2, 4)):
+        target, program = _described(rng.sample(free, len(free)), scene, preset, rng)
+        if program is None:
+            break
+        free.remove(target)
+        sentences = {sentence(program, rng): program}
+        for _ in range(rng.randint(0, 2)):
+            _, program = _described([target], scene, preset, rng)
+            sentences.setdefault(sentence(program, rng), program)
+        refs[target] = list(sentences.items())
+    return refs
+
+
+def _described(
+    targets: list[int], scene: tuple[SceneObject, ...], preset: Preset, rng: Random
+) -> tuple[int, Program] | tuple[None, None]:
+    """Draw a family by weight and describe the first target it fits; where it fits none, draw again."""
+    weights = dict(preset.families)
+    while weights:
+        family = rng.choices(list(weights), list(weights.values()))[0]
+        for target in targets:
+            program = describe(target, scene, family, preset.attributes, rng)
+            if program is not None:
+                return target, program
+        del weights[family]
+    return None, None
+
+
+def _annotation(mask: np.ndarray, category: int) -> dict[str, Any]:
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    top, left, bottom, right = int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1
+    crop = mask[top:bottom, left:right]
+    shift = (left, top)
+    return {
+        "category_id": category + 1,
+        "area": int(crop.sum()),
+        "bbox": [left, top, right - left, bottom - top],
+        "iscrowd": 0,
+        "segmentation": [[v + shift[i % 2] for i, v in enumerate(ring)] for ring in polygons(crop)],
+    }
+
+
+def _file_name(image_id: int) -> str:
+    return f"COCO_train2014_{image_id:012d}.jpg"
+
+
+def _numbered(jobs: list[Job], pictures: list[dict[str, Any]]) -> tuple[list, list, list]:
+    """Number objects, references and sentences from 1, in the order of the pictures."""
+    refs: list[dict] = []
+    annotations: list[dict] = []
+    scenes: list[dict] = []
+    sent_id = 0
+    for job, made in zip(jobs, pictures):
+        first_ann = len(annotations) + 1
+        for k, annotation in enumerate(made["annotations"]):
+            annotations.append({"id": first_ann + k, "image_id": job.image_id} | annotation)
+        objects = [{"ann_id": first_ann + k} | item for k, item in enumerate(made["objects"])]
+        scenes.append({"image_id": job.image_id, "split": job.split, "objects": objects})
+        for target, described in made["refs"].items():
+            sentences = []
+            for text, program in described:
+                sent_id += 1
+                words = {"tokens": text.split(), "raw": text, "sent_id": sent_id, "sent": text}
+                sentences.append(words | {"program": program})
+            annotation = annotations[first_ann - 1 + target]
+            refs.append(
+                {
+                    "sent_ids": [s["sent_id"] for s in sentences],
+                    "file_name": _file_name(job.image_id).replace(".jpg", f"_{annotation['id']}.jpg"),
+                    "ann_id": annotation["id"],
+                    "ref_id": len(refs) + 1,
+                    "image_id": job.image_id,
+                    "split": job.split,
+                    "category_id": annotation["category_id"],
+                    "sentences": sentences,
+                }
+            )
+    return refs, annotations, scenes
+
+
+def _instances(config: GenerateConfig, jobs: list[Job], annotations: list[dict]) -> dict[str, Any]:
+    side = {"height": config.size, "width": config.size}
+    shapes = PRESETS[config.scenes].shapes
+    return {
+        "info": {"description": "synthetic referring expressions", "version": str(VERSION)},
+        "licenses": [{"id": 1, "name": "made by a program, free of rights", "url": ""}],
+        "images": [
+            {"id": j.image_id, "file_name": _file_name(j.image_id), "license": 1} | side for j in jobs
+        ],
+        "annotations": annotations,
+        "categories": [
+            {"id": k, "name": shape, "supercategory": "shape"} for k, shape in enumerate(shapes, start=1)
+        ],
+    }
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")

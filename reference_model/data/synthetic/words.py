@@ -1,0 +1,84 @@
+"""From a program to a sentence: lower-case words out of a small, closed vocabulary."""
+
+from random import Random
+
+from reference_model.data.synthetic.program import Program
+from reference_model.data.synthetic.scene import PRESETS
+
+NOUNS = ("object", "shape", "thing")
+SIZES = {"small": ("small", "little"), "large": ("large", "big")}
+EXTREMES = {
+    ("scale", "max"): ("largest", "biggest"),
+    ("scale", "min"): ("smallest", "tiniest"),
+    ("x", "min"): ("leftmost", "left most"),
+    ("x", "max"): ("rightmost", "right most"),
+    ("y", "min"): ("topmost", "highest"),
+    ("y", "max"): ("lowest", "bottom most"),
+}
+FAR = {
+    ("x", "min"): ("on the far left", "furthest left"),
+    ("x", "max"): ("on the far right", "furthest right"),
+    ("y", "min"): ("at the very top", "closest to the top"),
+    ("y", "max"): ("at the very bottom", "closest to the bottom"),
+}
+SIDES = {
+    "left": ("on the left", "on left", "on the left side", "in the left half"),
+    "right": ("on the right", "on right", "on the right side", "in the right half"),
+    "top": ("at the top", "at top", "in the upper half"),
+    "bottom": ("at the bottom", "at bottom", "in the lower half"),
+}
+CORNERS = ("in the {down} {across}", "at the {down} {across}", "at {down} {across}")
+RELATIONS = {
+    "left": ("left of", "to the left of"),
+    "right": ("right of", "to the right of"),
+    "top": ("above", "higher than"),
+    "bottom": ("below", "under", "lower than"),
+}
+
+
+def sentence(program: Program, rng: Random) -> str:
+    """Word a program; the article is left out now and then, as people do."""
+    return ("the " if rng.random() < 0.7 else "") + _noun_phrase(program, rng)
+
+
+def _noun_phrase(program: Program, rng: Random) -> str:
+    adjectives: dict[str, str] = {}
+    noun, front, behind, sides = rng.choice(NOUNS), [], [], []
+    while program != ("all",):
+        operation, first, *rest, inner = program
+        if operation == "filter" and first == "shape":
+            noun = rest[0]
+        elif operation == "filter":
+            adjectives[first] = rest[0] if first == "colour" else rng.choice(SIZES[rest[0]])
+        elif operation == "superlative":
+            place_it_behind = first != "scale" and rng.random() < 0.4
+            table, where = (FAR, behind) if place_it_behind else (EXTREMES, front)
+            where.append(rng.choice(table[first, rest[0]]))
+        elif operation == "location":
+            sides.append(first)
+        else:
+            article = "the " if rng.random() < 0.9 else ""
+            behind.append(f"{rng.choice(RELATIONS[first])} {article}{_noun_phrase(rest[0], rng)}")
+        program = inner
+    if len(sides) == 2:
+        behind.append(rng.choice(CORNERS).format(across=sides[0], down=sides[1]))
+    elif sides and rng.random() < 0.3:
+        front.append(sides[0])
+    elif sides:
+        behind.append(rng.choice(SIDES[sides[0]]))
+    if len(adjectives) and noun in NOUNS and rng.random() < 0.5:
+        noun = "one"
+    adjective = [adjectives[name] for name in ("size", "colour") if name in adjectives]
+    return " ".join([*front, *adjective, noun, *behind])
+
+
+def _vocabulary() -> frozenset[str]:
+    tables = (SIZES, EXTREMES, FAR, SIDES, RELATIONS)
+    phrases = [phrase for table in tables for phrases in table.values() for phrase in phrases]
+    named = [name for preset in PRESETS.values() for name in (*preset.shapes, *preset.colours)]
+    corners = " ".join(CORNERS).format(across="left", down="top")
+    return frozenset(" ".join(["the one", corners, *NOUNS, *phrases, *named]).split())
+
+
+VOCABULARY = _vocabulary()
+"""Every word that a sentence of any preset can hold."""

@@ -1,0 +1,55 @@
+"""Every choice of the network; the defaults are the paper's setting, or say where it is silent."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network. Defaults: METRIS with Swin-B and BERT-base at 480 px."""
+
+    image_encoder: str = "swin_base_patch4_window12_384.ms_in22k"
+    """Any timm model with feature maps, by name."""
+    image_encoder_options: dict[str, Any] = field(default_factory=lambda: {"drop_path_rate": 0.3})
+    """Keyword arguments for timm's constructor. Drop path 0.3 is LAVT's; the paper is silent."""
+    image_size: int = 480
+    """Side of the square that images are resized to, in pixels."""
+    text_encoder: str = "bert-base-uncased"
+    """Name or local folder of a BERT; read only where pretrained or text_weights ask for it."""
+    text_encoder_options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments for transformers' BertConfig; its defaults are BERT-base."""
+    vocab_size: int = 30522
+    """Entries of the tokenizer's vocabulary; training from scratch sets it to the vocabulary it builds."""
+    max_tokens: int = 20
+    """Longest sentence in tokens, [CLS] and [SEP] included; the peers' value, the paper is silent."""
+    pretrained: bool = False
+    """Fetch ImageNet-22K and BERT weights through timm and transformers (needs a network or their cache)."""
+    image_weights: Path | None = None
+    """Local file of timm weights for the image encoder, instead of fetching."""
+    text_weights: Path | None = None
+    """Local folder of transformers weights and vocabulary for the text encoder, instead of fetching."""
+    guidance_dim: int = 768
+    """d, channels of the guidance tokens."""
+    joint_dim: int = 256
+    """Channels of the joint space of Eq. 1; the paper is silent."""
+    enhancer_depth: int = 2
+    """Cross-attention layers before curation; the paper says "layers"."""
+    num_heads: int = 8
+    """Heads of every attention outside the encoders; the paper is silent."""
+    mlp_ratio: float = 4.0
+    """Hidden channels per channel in every MLP outside the encoders; the paper is silent."""
+    ratio: float = 0.3
+    """r, share of visual tokens curated per expression token, in (0, 1]; the paper's 30 per cent."""
+    dropout: float = 0.0
+    """Probability of zeroing a channel in every block outside the encoders, in [0, 1)."""
+    norm: Literal["pre", "none"] = "pre"
+    """Where blocks normalise: before attention and MLP, or nowhere (Eq. 6 and 7 to the letter)."""
+    aggregation_temperature: float = 1.0
+    """Divides the scores in the softmax of Eq. 5, > 0; 1 is the paper's."""
+    divide_by_count: bool = True
+    """Keep the 1/N_p of Eq. 5."""
+    decoder_dim: int = 768
+    """Channels of the mask decoder; 768 fits the paper's 432 GMACs, which does not print it."""
+    backend: Literal["auto", "eager", "sdpa", "xformers", "triton"] = "auto"
+    """Kernel of every masked attention."""

@@ -1,0 +1,116 @@
+"""Mask decoder: the image attends to the guidance set, from the coarsest map to the finest (METRIS 3.3)."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from metris_blocks.layers import AttentionLayer, Norm
+from metris_blocks.ops.attention import Backend
+
+
+class GuidedStage(nn.Module):
+    """Cross-attention with the feature map as query and the guidance tokens as keys and values."""
+
+    def __init__(
+        self,
+        dim: int,
+        guidance_dim: int,
+        *,
+        num_heads: int,
+        mlp_ratio: float,
+        dropout: float,
+        norm: Norm,
+        backend: Backend,
+    ) -> None:
+        super().__init__()
+        self.layer = AttentionLayer(
+            dim,
+            guidance_dim,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            dropout=dropout,
+            norm=norm,
+            backend=backend,
+        )
+
+    def forward(self, x: Tensor, guidance: Tensor, guidance_mask: Tensor | None) -> Tensor:
+        """(b, d, h, w), (b, g, guidance_dim), (b, g) bool -> (b, d, h, w)."""
+        h = x.shape[-2]
+        tokens = self.layer(rearrange(x, "b d h w -> b (h w) d"), guidance, guidance_mask)
+        return rearrange(tokens, "b (h w) d -> b d h w", h=h)
+
+
+class Fusion(nn.Sequential):
+    """Two 3x3 convolutions over the upsampled map and the next finer encoder map, side by side."""
+
+    def __init__(self, channels: int, dim: int) -> None:
+        # GroupNorm and not the peers' BatchNorm: small batches break that (LAVT#10), and an image's logits
+        # should not depend on what else is in its batch.
+        groups = math.gcd(32, dim)
+        super().__init__(
+            nn.Conv2d(channels + dim, dim, 3, padding=1, bias=False),
+            nn.GroupNorm(groups, dim),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(dim, dim, 3, padding=1, bias=False),
+            nn.GroupNorm(groups, dim),
+            nn.ReLU(inplace=True),
+        )
+
+
+class MaskDecoder(nn.Module):
+    """Feature maps and guidance set -> logits on the finest map's grid.
+
+    Args:
+        channels: c_1..c_4 of the encoder maps, fine to coarse.
+        guidance_dim: d, channels of the guidance tokens.
+        dim: Channels inside the decoder; the paper does not print it.
+        num_heads: Heads per stage.
+        mlp_ratio: Hidden channels of the MLPs per channel.
+        dropout: Probability of zeroing a channel that attention or MLP adds, in [0, 1).
+        norm: "pre" or "none", as in `AttentionLayer`.
+        backend: As in `masked_attention`.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        guidance_dim: int,
+        dim: int,
+        *,
+        num_heads: int = 8,
+        mlp_ratio: float = 4.0,
+        dropout: float = 0.0,
+        norm: Norm = "pre",
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        self.inlet = nn.Conv2d(channels[-1], dim, 1)
+        self.stages = nn.ModuleList(
+            GuidedStage(
+                dim,
+                guidance_dim,
+                num_heads=num_heads,
+                mlp_ratio=mlp_ratio,
+                dropout=dropout,
+                norm=norm,
+                backend=backend,
+            )
+            for _ in channels
+        )
+        self.fusions = nn.ModuleList(Fusion(c, dim) for c in reversed(channels[:-1]))
+        self.head = nn.Conv2d(dim, 1, 1)
+
+    def forward(
+        self, maps: Sequence[Tensor], guidance: Tensor, guidance_mask: Tensor | None = None
+    ) -> Tensor:
+        """Maps (b, c_i, h_i, w_i) fine to coarse, (b, g, d), (b, g) bool -> logits (b, h_1, w_1)."""
+        x = self.stages[0](self.inlet(maps[-1]), guidance, guidance_mask)
+        finer = reversed(maps[:-1])
+        for encoded, fuse, stage in zip(finer, self.fusions, self.stages[1:], strict=True):
+            x = F.interpolate(x, encoded.shape[-2:], mode="bilinear", align_corners=False)
+            x = stage(fuse(torch.cat([x, encoded], dim=1)), guidance, guidance_mask)
+        return rearrange(self.head(x), "b 1 h w -> b h w")

@@ -1,0 +1,184 @@
+"""Train METRIS: parse -> data -> model -> loss, optimiser -> loop -> evaluate -> checkpoint."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from reference_model.configs import to_yaml
+from reference_model.data.collate import Batch, Collate, ReferringDataset
+from reference_model.data.records import Record
+from reference_model.data.refer import Refer
+from reference_model.files import InputError
+from reference_model.model.checkpoint import pick_device, save_weights, start_checkpoint
+from reference_model.model.config import ModelConfig
+from reference_model.model.loss import MetrisLoss
+from reference_model.model.metris import build_metris
+from reference_model.model.text_encoder import build_tokenizer, load_tokenizer
+from reference_model.scoring.evaluate import Evaluator
+from reference_model.training.config import TrainConfig
+from reference_model.training.sampler import ImageGroupedSampler
+from reference_model.training.schedule import adamw, polynomial_decay
+
+
+def train(config: TrainConfig) -> Path:
+    """Run the command ``train`` and return the folder of the run: what evaluate and predict take.
+
+    Raises:
+        InputError: The config, the data or the place to write cannot be used.
+    """
+    _check_ranges(config)
+    device = pick_device(config.device)
+    torch.manual_seed(config.seed)
+
+    # Data
+    data = Refer(config.data.root, config.data.dataset, config.data.split_by)
+    records, val = data.records("train"), data.records("val")
+    tokenizer, model_config = _tokenizer(config.model, records)
+    _report_long_sentences(tokenizer, records, model_config.max_tokens)
+    sampler = ImageGroupedSampler(
+        [record.image_id for record in records],
+        config.batch_size,
+        per_image=config.sentences_per_image,
+        seed=config.seed,
+    )
+    loader = DataLoader(
+        ReferringDataset(records, model_config.image_size, cache=config.cache),
+        batch_sampler=sampler,
+        collate_fn=Collate(tokenizer, model_config.max_tokens),
+        num_workers=config.data.workers,
+        persistent_workers=config.data.workers > 0,
+        pin_memory=device.type == "cuda",
+        # Its own generator: otherwise each new iterator would shift the dropout of the run.
+        generator=torch.Generator().manual_seed(config.seed),
+    )
+    steps = config.steps or config.epochs * len(sampler)
+
+    # Model, loss, optimiser
+    model = build_metris(model_config).to(device).train()
+    loss = MetrisLoss(
+        contrastive_weight=config.contrastive_weight, temperature=config.contrastive_temperature
+    ).to(device)
+    optimiser = adamw([model, loss], learning_rate=config.learning_rate, weight_decay=config.weight_decay)
+    schedule = polynomial_decay(
+        optimiser, steps=steps, power=config.poly_power, warmup_steps=config.warmup_steps
+    )
+    evaluator = Evaluator(
+        tokenizer,
+        image_size=model_config.image_size,
+        max_tokens=model_config.max_tokens,
+        batch_size=2 * config.batch_size,
+        workers=config.data.workers,
+        device=device,
+    )
+    start_checkpoint(config.out, to_yaml(replace(config, model=model_config)), tokenizer)
+
+    # Loop
+    best = -1.0
+    started = time.monotonic()
+    parameters = [p for group in optimiser.param_groups for p in group["params"]]
+    with Log(config.out / "log.jsonl") as log, tqdm(total=steps, desc="train", unit="step") as bar:
+        for step, epoch_ends, batch in _batches(loader, sampler, steps):
+            batch = batch.to(device)
+            output = model(batch.images, batch.token_ids, batch.language_mask, batch.image_index)
+            losses = loss(output, batch.masks)
+            if not torch.isfinite(losses.total):
+                ids = [record.sent_id for record in batch.records]
+                raise InputError(
+                    f"step {step}: loss is {losses.total.item()} on sentences {ids}; lower learning_rate"
+                )
+            optimiser.zero_grad(set_to_none=True)
+            losses.total.backward()
+            if config.clip_norm is not None:
+                torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+            optimiser.step()
+            rate = schedule.get_last_lr()[0]
+            schedule.step()
+            bar.update()
+            if step % 10 == 0 or step == steps:
+                entry = {name: value.item() for name, value in losses._asdict().items()}
+                bar.set_postfix(loss=f"{entry['total']:.3f}", lr=f"{rate:.1e}")
+                log.write(step=step, seconds=time.monotonic() - started, learning_rate=rate, **entry)
+
+            # Evaluate, checkpoint
+            due = epoch_ends and config.evaluate_every and sampler.epoch % config.evaluate_every == 0
+            if step == steps or due:
+                scores = evaluator.score(model, val, title="val")
+                log.write(step=step, seconds=time.monotonic() - started, val=scores)
+                tqdm.write(
+                    f"step {step}: val mIoU {scores['mIoU']:.4f}, oIoU {scores['oIoU']:.4f}", sys.stderr
+                )
+                if scores["mIoU"] > best:
+                    best = scores["mIoU"]
+                    save_weights(config.out, model)
+    print(f"checkpoint: {config.out} (val mIoU {best:.4f})")
+    return config.out
+
+
+class Log:
+    """A file of one JSON object a line, each on disk as soon as it is written."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("w", encoding="utf-8")
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def write(self, **entry: Any) -> None:
+        """Append one entry."""
+        self.file.write(json.dumps(entry) + "\n")
+        self.file.flush()
+
+
+def _batches(
+    loader: DataLoader, sampler: ImageGroupedSampler, steps: int
+) -> Iterator[tuple[int, bool, Batch]]:
+    """Yield (step from 1, whether it ends an epoch, batch) until ``steps`` are done."""
+    step = 0
+    while True:
+        for i, batch in enumerate(loader, start=1):
+            step += 1
+            ends = i == len(sampler)
+            sampler.epoch += ends
+            yield step, ends, batch
+            if step == steps:
+                return
+
+
+def _tokenizer(model: ModelConfig, records: list[Record]) -> tuple[PreTrainedTokenizerBase, ModelConfig]:
+    """Take the tokenizer of the pretrained text encoder, or build one from the training sentences."""
+    if model.pretrained or model.text_weights is not None:
+        return load_tokenizer(model.text_weights or model.text_encoder), model
+    tokenizer = build_tokenizer(record.expression for record in records)
+    return tokenizer, replace(model, vocab_size=len(tokenizer))
+
+
+def _report_long_sentences(
+    tokenizer: PreTrainedTokenizerBase, records: list[Record], max_tokens: int
+) -> None:
+    """Say once, before the run, how many sentences are cut."""
+    lengths = [len(ids) for ids in tokenizer([r.expression for r in records], verbose=False)["input_ids"]]
+    long = sum(length > max_tokens for length in lengths)
+    if long:
+        print(f"{long} of {len(lengths)} sentences exceed {max_tokens} tokens and are cut", file=sys.stderr)
+
+
+def _check_ranges(config: TrainConfig) -> None:
+    positive = ("epochs", "batch_size", "sentences_per_image", "learning_rate", "contrastive_temperature")
+    for name in (*positive, *(("steps",) if config.steps is not None else ())):
+        if not getattr(config, name) > 0:
+            raise InputError(f"{name}: must be > 0, got {getattr(config, name):g}")
+    for name in ("warmup_steps", "weight_decay", "contrastive_weight", "evaluate_every", "poly_power"):
+        if getattr(config, name) < 0:
+            raise InputError(f"{name}: must be >= 0, got {getattr(config, name):g}")

@@ -1,0 +1,33 @@
+"""What to predict, and where the pictures go; torch-free."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from reference_model.data.config import DataConfig
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """Predict masks: of one image and its sentences, or of a few samples of a data set beside the truth."""
+
+    checkpoint: Path
+    """Folder that train wrote."""
+    image: Path | None = None
+    """Photo, JPEG or PNG of any size."""
+    expression: list[str] | None = None
+    """What to look for in the image; more with --expression+="another sentence"."""
+    out: Path = Path("mask.png")
+    """Mask to write, as PNG (255 inside) of the image's own size, with an overlay NAME_overlay.png beside it.
+    Several sentences number the names. With data: the folder of the pictures."""
+    data: DataConfig | None = None
+    """Data set to take samples from, instead of image and expression."""
+    split: str = "val"
+    """Split of the samples."""
+    count: int = 6
+    """Number of samples, evenly spaced over the split."""
+    threshold: float = 0.5
+    """Probability above which a pixel belongs to the mask, in (0, 1)."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one."""
+    json: bool = False
+    """Print JSON instead of lines."""

@@ -1,0 +1,78 @@
+"""One thread, one hypothesis profile, one table of tolerances, one way to compare compiled with eager."""
+
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from hypothesis import settings
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+torch.set_num_threads(1)
+settings.register_profile(
+    "house", deadline=None, max_examples=40, derandomize=bool(os.environ.get("CI")), print_blob=True
+)
+settings.load_profile("house")
+
+# No test here chains more roundings than this on the way to one number: the longest, the extractor, passes
+# about thirty sums of at most eight terms. A chain of k roundings errs by k · eps, relative to the largest
+# number on the way (Higham, Accuracy and Stability, lemma 3.1).
+ROUNDINGS = 512
+TOLERANCE = {dtype: ROUNDINGS * torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32)}
+
+
+def assert_equal(actual: Tensor, reference: Tensor, *, largest: float = 1.0) -> None:
+    """Refuse ``actual`` (float64 or float32) where it leaves the float64 reference by more than rounding.
+
+    ``largest`` is the largest number on the way to the result, where that is neither it nor about 1.
+    """
+    assert actual.shape == reference.shape
+    largest = max(largest, float(reference.detach().abs().max()) if reference.numel() else 0.0)
+    atol = TOLERANCE[actual.dtype] * largest
+    torch.testing.assert_close(actual.double(), reference.double(), rtol=0, atol=atol)
+
+
+def budget(eager_lowprec: Tensor, reference64: Tensor) -> float:
+    """The error a 16-bit result may have: twice that of textbook code in its dtype, and its own rounding."""
+    error = (eager_lowprec.double() - reference64).abs().max()
+    rounding = torch.finfo(eager_lowprec.dtype).eps * reference64.abs().max()
+    return float(2 * error + rounding)
+
+
+def assert_within_budget(actual: Tensor, eager_lowprec: Tensor, reference64: Tensor) -> None:
+    """Refuse ``actual`` where it is further from the float64 reference than textbook code would be."""
+    assert actual.dtype == eager_lowprec.dtype
+    atol = budget(eager_lowprec, reference64)
+    torch.testing.assert_close(actual.double(), reference64, rtol=0, atol=atol)
+
+
+def assert_compiles_once(
+    function: Callable[..., Any], cases: Iterable[tuple[tuple[Any, ...], dict[str, Any]]]
+) -> None:
+    """Compile ``function`` without a graph break; refuse a compilation after the first case.
+
+    Values and, where something requires grad, the gradients of all inputs and parameters equal eager's.
+    """
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, backend=counter, dynamic=True)
+    parameters = list(function.parameters()) if isinstance(function, torch.nn.Module) else []
+    frames = []
+    for args, kwargs in cases:
+        leaves = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.requires_grad]
+        leaves += parameters
+        pairs = zip(*(_run(f, args, kwargs, leaves) for f in (compiled, function)), strict=True)
+        for actual, eager in pairs:
+            assert actual.equal(eager) if actual.dtype == torch.bool else assert_equal(actual, eager) is None
+        frames.append(counter.frame_count)
+    assert len(frames) > 1 and len(set(frames)) == 1
+
+
+def _run(function: Any, args: Any, kwargs: Any, leaves: list[Tensor]) -> list[Tensor]:
+    out = function(*args, **kwargs)
+    outs = [out] if isinstance(out, Tensor) else list(out)
+    if not leaves:
+        return outs
+    total = sum(x.square().sum() for x in outs if x.requires_grad)
+    return [*(x.detach() for x in outs), *torch.autograd.grad(total, leaves)]

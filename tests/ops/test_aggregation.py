@@ -1,0 +1,239 @@
+"""masked_softmax_aggregation against Eq. 5 and against the properties Eq. 5 implies."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from metris_blocks.ops import masked_softmax_aggregation, top_r_mask
+from metris_blocks.ops.aggregation import masked_softmax
+from tests.conftest import assert_compiles_once, assert_equal, assert_within_budget
+from tests.paper import eq5_aggregate
+from tests.strategies import distinct_scores, masks, normal, seeds, sizes
+
+SIZES = sizes("b l n c")
+TEMPERATURES = st.floats(0.05, 5.0)
+
+
+def inputs(seed, b, l, n, c):
+    return distinct_scores(seed, b, l, n), normal(seed, b, n, c)
+
+
+# ------------------------------------------------------------------------------------------------- equation
+
+
+@given(st.data(), SIZES, seeds, TEMPERATURES, st.booleans())
+def test_equals_paper_equation_with_its_gradients(data, size, seed, temperature, divide_by_count):
+    b, l, n, _ = size
+    mask = data.draw(masks(b, l, n))
+    options = {"temperature": temperature, "divide_by_count": divide_by_count}
+    leaves = [x.requires_grad_() for x in inputs(seed, *size)]
+    cotangent = normal(seed + 1, b, l, size[-1])
+    results = []
+    for aggregate in (masked_softmax_aggregation, eq5_aggregate):
+        out = aggregate(leaves[0], mask, leaves[1], **options)
+        grads = torch.autograd.grad(out, leaves, cotangent, allow_unused=True) if mask.any() else ()
+        results.append([out.detach(), *grads])
+    for actual, paper in zip(*results, strict=True):
+        assert_equal(actual, paper, largest=1 / temperature)
+
+
+def test_defaults_are_the_equation_as_printed():
+    scores, visual = inputs(0, 1, 2, 9, 3)
+    mask = top_r_mask(scores, 0.5)
+    assert_equal(masked_softmax_aggregation(scores, mask, visual), eq5_aggregate(scores, mask, visual))
+
+
+# ----------------------------------------------------------------------------------------------- properties
+
+
+@given(st.data(), SIZES, seeds)
+def test_tokens_outside_the_mask_have_no_influence(data, size, seed):
+    b, l, n, _ = size
+    scores, visual = inputs(seed, *size)
+    mask = data.draw(masks(b, l, n))
+    plain = masked_softmax_aggregation(scores, mask, visual)
+    for hidden in (50.0, math.inf, -math.inf, math.nan):
+        shifted = torch.where(mask, scores, hidden)
+        assert masked_softmax_aggregation(shifted, mask, visual).equal(plain)
+
+
+@given(st.data(), SIZES, seeds, st.floats(-3, 3))
+def test_shift_of_scores_changes_nothing(data, size, seed, shift):
+    b, l, n, _ = size
+    scores, visual = inputs(seed, *size)
+    mask = data.draw(masks(b, l, n))
+    assert_equal(
+        masked_softmax_aggregation(scores + shift, mask, visual),
+        masked_softmax_aggregation(scores, mask, visual),
+    )
+
+
+@given(st.data(), SIZES, seeds)
+def test_plain_average_stays_among_the_curated_tokens(data, size, seed):
+    b, l, n, _ = size
+    scores, visual = inputs(seed, *size)
+    mask = data.draw(masks(b, l, n))
+    out = masked_softmax_aggregation(scores, mask, visual, divide_by_count=False)
+    spread = visual[:, None].expand(-1, l, -1, -1)
+    for bound, fill, sign in (("amax", -math.inf, 1), ("amin", math.inf, -1)):
+        extreme = getattr(spread.masked_fill(~mask[..., None], fill), bound)(dim=2)
+        assert (sign * (extreme - out) >= -1e-12)[mask.any(dim=-1)].all()
+
+
+@given(st.data(), SIZES, seeds)
+def test_the_paper_divides_the_average_by_the_count(data, size, seed):
+    b, l, n, _ = size
+    scores, visual = inputs(seed, *size)
+    mask = data.draw(masks(b, l, n))
+    printed, plain = (
+        masked_softmax_aggregation(scores, mask, visual, divide_by_count=d) for d in (True, False)
+    )
+    assert_equal(printed * mask.sum(dim=-1, keepdim=True), plain)
+
+
+@given(SIZES, seeds)
+def test_permuting_visual_tokens_changes_nothing(size, seed):
+    scores, visual = inputs(seed, *size)
+    mask = top_r_mask(scores, 0.5)
+    order = torch.randperm(size[2], generator=torch.Generator().manual_seed(seed))
+    assert_equal(
+        masked_softmax_aggregation(scores[..., order], mask[..., order], visual[:, order]),
+        masked_softmax_aggregation(scores, mask, visual),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_empty_row_is_zero_with_zero_gradient(dtype):
+    scores, visual = (x.to(dtype).requires_grad_() for x in inputs(0, 2, 2, 3, 4))
+    mask = torch.tensor([[[True, False, True], [False] * 3], [[False] * 3] * 2])
+    out = masked_softmax_aggregation(scores, mask, visual)
+    out.square().sum().backward()
+    empty = ~mask.any(dim=-1)
+    assert out[empty].eq(0).all() and scores.grad[empty].eq(0).all() and visual.grad[1].eq(0).all()
+    assert scores.grad.isfinite().all() and visual.grad.isfinite().all() and visual.grad[0, 0].ne(0).any()
+
+
+@pytest.mark.parametrize("hidden", [math.nan, math.inf])
+def test_what_a_token_nobody_curates_holds_reaches_nothing(hidden):
+    scores, visual = inputs(0, 2, 3, 5, 4)
+    mask = top_r_mask(scores, 0.4) & (torch.arange(5) != 3)
+    results = []
+    for fill in (0.0, hidden):
+        s, v = scores.clone(), visual.clone()
+        s[..., 3], v[:, 3] = fill, fill
+        s, v = s.requires_grad_(), v.requires_grad_()
+        out = masked_softmax_aggregation(s, mask, v)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (s, v))))
+    for clean, poisoned in zip(*results, strict=True):
+        assert clean.isfinite().all() and poisoned.equal(clean)
+    assert results[1][2][:, 3].eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n", [7, 225, 3600])
+@pytest.mark.parametrize("divide_by_count", [False, True])
+def test_16_bit_stays_within_the_error_of_textbook_code(dtype, n, divide_by_count):
+    scores = normal(0, 2, 3, n, dtype=torch.float32).tanh()
+    mask = top_r_mask(scores, 0.3)
+    visual = normal(1, 2, n, 8, dtype=dtype) + 1
+    options = {"divide_by_count": divide_by_count}
+    weights = scores.masked_fill(~mask, -math.inf).softmax(dim=-1).to(dtype)
+    textbook = weights @ visual / (mask.sum(dim=-1, keepdim=True) if divide_by_count else 1)
+    curated = mask.nonzero().shape[0] > 0
+    reference = masked_softmax_aggregation(scores.double(), mask, visual.double(), **options)
+    out = masked_softmax_aggregation(scores, mask, visual, **options)
+    assert curated and out.dtype == dtype
+    assert_within_budget(out, textbook, reference)
+
+
+def test_autocast_keeps_the_dtype_of_visual_and_the_precision_of_the_weights():
+    scores, visual = (x.float() for x in inputs(0, 2, 3, 225, 8))
+    mask = top_r_mask(scores, 0.3)
+    reference = masked_softmax_aggregation(scores.double(), mask, visual.double())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = masked_softmax_aggregation(scores, mask, visual)
+    assert out.dtype == torch.float32
+    textbook = scores.masked_fill(~mask, -math.inf).softmax(dim=-1).bfloat16() @ visual.bfloat16()
+    assert_within_budget(out.bfloat16(), textbook / mask.sum(dim=-1, keepdim=True), reference)
+
+
+@given(st.data(), sizes("b l n"), seeds)
+def test_weights_sum_to_one_or_zero(data, size, seed):
+    mask = data.draw(masks(*size))
+    weights = masked_softmax(100 * normal(seed, *size), mask)
+    assert_equal(weights.sum(dim=-1), mask.any(dim=-1).double())
+    assert weights[~mask].eq(0).all()
+
+
+def test_same_result_twice():
+    scores, visual = inputs(0, 2, 3, 225, 16)
+    mask = top_r_mask(scores, 0.3)
+    first, second = (masked_softmax_aggregation(scores, mask, visual) for _ in range(2))
+    assert first.equal(second)
+
+
+# ------------------------------------------------------------------------------------------------- gradient
+
+
+@pytest.mark.parametrize("divide_by_count", [False, True])
+def test_gradients(divide_by_count):
+    scores, visual = inputs(0, 2, 3, 4, 2)
+    mask = top_r_mask(scores, 0.5)
+    mask[0, 1] = False
+    aggregate = lambda s, v: masked_softmax_aggregation(
+        s, mask, v, temperature=0.5, divide_by_count=divide_by_count
+    )
+    leaves = scores.requires_grad_(), visual.requires_grad_()
+    assert torch.autograd.gradcheck(aggregate, leaves)
+    assert torch.autograd.gradgradcheck(aggregate, leaves)
+
+
+# -------------------------------------------------------------------------------------------------- compile
+
+
+def test_compiles_once_for_all_sizes():
+    cases = []
+    for size in ((2, 3, 5, 8), (4, 6, 9, 16)):
+        scores, visual = inputs(0, *size)
+        mask = top_r_mask(scores, 0.5)
+        mask[0, 0] = False
+        cases.append(((scores.requires_grad_(), mask, visual.requires_grad_()), {}))
+    assert_compiles_once(masked_softmax_aggregation, cases)
+
+
+# ------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("scores", "mask", "visual", "says"),
+    [
+        ((2, 3, 4), (2, 3, 5), (2, 4, 8), "dynamic_mask 'b l n' has n=5, but scores has n=4"),
+        ((2, 3, 4), (2, 3, 4), (2, 9, 8), "visual 'b n c' has n=9, but scores has n=4"),
+        ((2, 3, 4), (2, 3, 4), (1, 4, 8), "visual 'b n c' has b=1, but scores has b=2"),
+        ((3, 4), (3, 4), (4, 8), r"scores has shape \(3, 4\), expected axes 'b l n'"),
+    ],
+)
+def test_refuses_shapes_that_disagree(scores, mask, visual, says):
+    mask = torch.ones(mask, dtype=torch.bool)
+    with pytest.raises(ValueError, match=f"masked_softmax_aggregation: {says}"):
+        masked_softmax_aggregation(torch.zeros(scores), mask, torch.zeros(visual))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32])
+def test_refuses_masks_that_are_not_bool(dtype):
+    mask = torch.zeros(1, 1, 2, dtype=dtype)
+    with pytest.raises(
+        TypeError, match=f"masked_softmax_aggregation: dynamic_mask must be bool .* got {dtype}"
+    ):
+        masked_softmax_aggregation(torch.zeros(1, 1, 2), mask, torch.zeros(1, 2, 3))
+
+
+@pytest.mark.parametrize("temperature", [0, -1.5, math.nan])
+def test_refuses_a_temperature_that_is_not_positive(temperature):
+    mask = torch.ones(1, 1, 2, dtype=torch.bool)
+    says = f"masked_softmax_aggregation: temperature must be > 0, got {temperature:g}"
+    with pytest.raises(ValueError, match=says):
+        masked_softmax_aggregation(torch.zeros(1, 1, 2), mask, torch.zeros(1, 2, 3), temperature=temperature)

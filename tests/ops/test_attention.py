@@ -1,0 +1,512 @@
+"""masked_attention and absorbed_attention against the attention of Eq. 6-7: one meaning in every backend."""
+
+import math
+from types import SimpleNamespace
+from typing import get_args
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from metris_blocks.ops import absorbed_attention, attention, explain_backends, masked_attention
+from tests import paper
+from tests.conftest import assert_compiles_once, assert_equal, assert_within_budget
+from tests.strategies import masks, normal, paddings, seeds, sizes
+
+NAMED = [name for name in get_args(attention.Backend) if name != "auto"]
+CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
+on_each_device = pytest.mark.parametrize("device", ["cpu", CUDA])
+with_each_backend = pytest.mark.parametrize("backend", [*NAMED, "auto"])
+with_each_mask = pytest.mark.parametrize("kind", ["b l n", "b n", "none"])
+SIZES = sizes("b l n heads e", largest=4)
+
+
+def inputs(seed, b, l, n, heads, e, *, dtype=torch.float64, device="cpu"):
+    shapes = (b, l, heads, e), (b, n, heads, e), (b, n, heads, e)
+    return tuple(normal(seed + i, *shape, dtype=dtype).to(device) for i, shape in enumerate(shapes))
+
+
+def mask_of(kind, seed, b, l, n, *, device="cpu"):
+    """A mask with an empty row in its first sample, and a token there that no row attends to."""
+    if kind == "none":
+        return None
+    bits = normal(seed, *((b, n) if kind == "b n" else (b, l, n))) > -0.4
+    bits[0, ..., -1] = False
+    bits[(0,) if kind == "b n" else (0, 0)] = False
+    return bits.to(device)
+
+
+def need(backend, *tensors):
+    """Skip, with its reasons, a backend that says it cannot run these inputs."""
+    if backend != "auto" and (why := explain_backends(*tensors)[backend]):
+        pytest.skip(f"{backend}: {'; '.join(why)}")
+
+
+def textbook(query, key, value, mask):
+    """The formula in plain torch, in the dtype of its inputs throughout."""
+    logits = torch.einsum("blhe,bnhe->bhln", query, key) / math.sqrt(query.shape[-1])
+    if mask is not None:
+        mask = (mask if mask.ndim == 3 else mask[:, None])[:, None]
+        logits = logits.masked_fill(~mask, -math.inf)
+    return torch.einsum("bhln,bnhe->blhe", logits.softmax(dim=-1).nan_to_num(0), value)
+
+
+def with_gradients(function, leaves, cotangent):
+    leaves = [x.detach().clone().requires_grad_() for x in leaves]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, cotangent)]
+
+
+# ------------------------------------------------------------------------------------------------- equation
+
+
+@with_each_backend
+@given(data=st.data(), size=SIZES, seed=seeds)
+def test_equals_paper_equation(backend, data, size, seed):
+    b, l, n, _, _ = size
+    tensors = inputs(seed, *size)
+    mask = data.draw(st.one_of(st.none(), masks(b, l, n), paddings(b, n)))
+    need(backend, *tensors, mask)
+    scale = data.draw(st.sampled_from([None, 0.1, 2.0]))
+    out = masked_attention(*tensors, mask, scale=scale, backend=backend)
+    assert_equal(out, paper.attention(*tensors, mask, scale=scale), largest=10)
+
+
+@on_each_device
+@with_each_backend
+@with_each_mask
+@pytest.mark.parametrize("size", [(2, 3, 1, 2, 8), (1, 1, 7, 1, 16), (2, 21, 225, 3, 8)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_wide_values_and_gradients_equal_float64(device, backend, kind, size, dtype):
+    tensors = inputs(0, *size, dtype=dtype, device=device)
+    mask = mask_of(kind, 9, *size[:3], device=device)
+    need(backend, *tensors, mask)
+    cotangent = normal(5, *tensors[0].shape).to(device)
+    run = lambda *leaves: masked_attention(*leaves, mask, backend=backend)
+    actual = with_gradients(run, tensors, cotangent.to(dtype))
+    reference = with_gradients(lambda *x: textbook(*x, mask), [x.double() for x in tensors], cotangent)
+    if mask is not None:
+        for one in reference:
+            one.nan_to_num_(0)
+    for one, other in zip(actual, reference, strict=True):
+        assert one.dtype == dtype
+        assert_equal(one, other)
+
+
+@on_each_device
+@with_each_backend
+@with_each_mask
+@pytest.mark.parametrize("size", [(2, 3, 1, 2, 8), (1, 1, 7, 1, 16), (2, 21, 225, 3, 8)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_values_and_gradients_stay_within_the_error_of_textbook_code(
+    device, backend, kind, size, dtype
+):
+    tensors = inputs(0, *size, dtype=dtype, device=device)
+    mask = mask_of(kind, 9, *size[:3], device=device)
+    need(backend, *tensors, mask)
+    cotangent = normal(5, *tensors[0].shape, dtype=dtype).to(device)
+    formula = lambda *leaves: textbook(*leaves, mask)
+    run = lambda *leaves: masked_attention(*leaves, mask, backend=backend)
+    actual = with_gradients(run, tensors, cotangent)
+    plain = with_gradients(formula, tensors, cotangent)
+    reference = with_gradients(formula, [x.double() for x in tensors], cotangent.double())
+    for one, other, exact in zip(actual, plain, reference, strict=True):
+        assert_within_budget(one, other.nan_to_num(0), exact.nan_to_num(0))
+
+
+# ----------------------------------------------------------------------------------------------- properties
+
+
+@on_each_device
+@with_each_backend
+@pytest.mark.parametrize("kind", ["b l n", "b n"])
+@pytest.mark.parametrize("held", [1.0, math.nan, math.inf])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
+def test_row_that_attends_to_nothing_is_zero_with_zero_gradient(device, backend, kind, held, dtype):
+    b, l, n, heads, e = 2, 3, 7, 2, 8
+    query, key, value = inputs(0, b, l, n, heads, e, dtype=dtype, device=device)
+    mask = mask_of(kind, 9, b, l, n, device=device)
+    need(backend, query, key, value, mask)
+    empty = ~(mask.any(dim=-1) if kind == "b l n" else mask.any(dim=-1, keepdim=True).expand(b, l))
+    assert empty.any() and not empty.all()
+    query[empty] = held
+    run = lambda *leaves: masked_attention(*leaves, mask, backend=backend)
+    out, *grads = with_gradients(run, (query, key, value), torch.ones_like(query))
+    assert out[empty].eq(0).all() and grads[0][empty].eq(0).all()
+    assert all(x.isfinite().all() and x.ne(0).any() for x in (out, *grads))
+
+
+@on_each_device
+@with_each_backend
+@pytest.mark.parametrize("kind", ["b l n", "b n"])
+@pytest.mark.parametrize("held", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_what_a_token_nobody_attends_to_holds_reaches_nothing(device, backend, kind, held, dtype):
+    b, l, n, heads, e = 2, 3, 7, 2, 8
+    query, key, value = inputs(0, b, l, n, heads, e, dtype=dtype, device=device)
+    mask = mask_of(kind, 9, b, l, n, device=device)
+    mask[1, ..., 2] = False
+    need(backend, query, key, value, mask)
+    unseen = ~(mask.any(dim=1) if kind == "b l n" else mask)
+    run = lambda *leaves: masked_attention(*leaves, mask, backend=backend)
+    results = []
+    for fill in (0.0, held):
+        hidden = (query, *(x.masked_fill(unseen[..., None, None], fill) for x in (key, value)))
+        results.append(with_gradients(run, hidden, torch.ones_like(query)))
+    for clean, poisoned in zip(*results, strict=True):
+        assert clean.isfinite().all() and poisoned.equal(clean)
+    assert all(grad[unseen].eq(0).all() for grad in results[1][2:])
+
+
+@with_each_backend
+@given(data=st.data(), size=SIZES, seed=seeds)
+def test_mask_of_tokens_is_the_same_mask_for_every_row(backend, data, size, seed):
+    b, l, n, _, _ = size
+    tensors, mask = inputs(seed, *size), data.draw(paddings(b, n))
+    need(backend, *tensors, mask)
+    wide = mask[:, None].repeat(1, l, 1)
+    one, other = (masked_attention(*tensors, m, backend=backend) for m in (mask, wide))
+    assert one.equal(other)
+    full = torch.ones_like(mask)
+    assert_equal(
+        masked_attention(*tensors, full, backend=backend), masked_attention(*tensors, backend=backend)
+    )
+
+
+@with_each_backend
+@given(data=st.data(), size=SIZES, seed=seeds, more=st.integers(1, 9))
+def test_extending_the_padding_changes_nothing(backend, data, size, seed, more):
+    b, l, n, heads, e = size
+    tensors, mask = inputs(seed, *size), data.draw(masks(b, l, n))
+    need(backend, *tensors, mask)
+    query, key, value = tensors
+    extra = torch.full((b, more, heads, e), math.nan, dtype=torch.float64)
+    longer = (query, torch.cat([key, extra], dim=1), torch.cat([value, extra], dim=1))
+    long_mask = torch.nn.functional.pad(mask, (0, more), value=False)
+    assert_equal(
+        masked_attention(*longer, long_mask, backend=backend),
+        masked_attention(*tensors, mask, backend=backend),
+    )
+
+
+@with_each_backend
+@given(data=st.data(), size=SIZES, seed=seeds)
+def test_order_of_tokens_does_not_matter(backend, data, size, seed):
+    b, l, n, _, _ = size
+    (query, key, value), mask = inputs(seed, *size), data.draw(masks(b, l, n))
+    need(backend, query, key, value, mask)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    assert_equal(
+        masked_attention(query, key[:, order], value[:, order], mask[..., order], backend=backend),
+        masked_attention(query, key, value, mask, backend=backend),
+    )
+
+
+@on_each_device
+@with_each_backend
+@with_each_mask
+def test_inputs_may_have_any_strides(device, backend, kind):
+    size = (2, 3, 7, 2, 8)
+    tensors = inputs(0, *size, device=device)
+    mask = mask_of(kind, 9, *size[:3], device=device)
+    need(backend, *tensors, mask)
+    strided = [x.transpose(1, 3).contiguous().transpose(1, 3) for x in tensors]
+    strided_mask = None if mask is None else mask.mT.contiguous().mT if mask.ndim == 3 else mask.T.contiguous().T
+    assert_equal(
+        masked_attention(*strided, strided_mask, backend=backend),
+        masked_attention(*tensors, mask, backend=backend),
+    )
+
+
+@on_each_device
+@with_each_backend
+@with_each_mask
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_same_result_twice(device, backend, kind, dtype):
+    size = (2, 21, 225, 3, 8)
+    tensors = inputs(0, *size, dtype=dtype, device=device)
+    mask = mask_of(kind, 9, *size[:3], device=device)
+    need(backend, *tensors, mask)
+    first, second = (masked_attention(*tensors, mask, backend=backend) for _ in range(2))
+    assert first.equal(second)
+
+
+@on_each_device
+@with_each_backend
+@with_each_mask
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_stays_within_the_error_of_textbook_code(device, backend, kind, dtype):
+    size = (2, 3, 225, 2, 8)
+    tensors = inputs(0, *size, dtype=torch.float32, device=device)
+    mask = mask_of(kind, 9, *size[:3], device=device)
+    need(backend, *tensors, mask)
+    with torch.autocast(device, dtype=dtype):
+        out = masked_attention(*tensors, mask, backend=backend)
+    plain = textbook(*(x.to(dtype) for x in tensors), mask)
+    reference = textbook(*(x.double() for x in tensors), mask)
+    assert_within_budget(out.to(dtype), plain, reference)
+
+
+# ------------------------------------------------------------------------------- absorbed: the same function
+
+
+def weights_of(seed, d, c, o, *, query_bias=True, value_bias=True):
+    weights = [normal(seed + i, o, width) for i, width in enumerate((d, c, c))]
+    return weights, normal(seed + 3, o) if query_bias else None, normal(seed + 4, o) if value_bias else None
+
+
+def project_and_attend(tokens, visual, mask, query_weight, key_weight, value_weight, **options):
+    """What `absorbed_attention` replaces."""
+    heads, scale = options["num_heads"], options.get("scale")
+    biases = options.get("query_bias"), None, options.get("value_bias")
+    projected = [
+        torch.nn.functional.linear(x, weight, bias).unflatten(-1, (heads, -1))
+        for x, weight, bias in zip(
+            (tokens, visual, visual), (query_weight, key_weight, value_weight), biases, strict=True
+        )
+    ]
+    return masked_attention(*projected, mask, scale=scale, backend="eager").flatten(2)
+
+
+@given(st.data(), sizes("b l n d c e"), st.integers(1, 3), seeds, st.booleans(), st.booleans())
+def test_absorbed_equals_projecting_in_values_and_gradients(
+    data, size, heads, seed, query_bias, value_bias
+):
+    b, l, n, d, c, e = size
+    weights, bias_q, bias_v = weights_of(seed, d, c, heads * e, query_bias=query_bias, value_bias=value_bias)
+    mask = data.draw(st.one_of(st.none(), masks(b, l, n), paddings(b, n)))
+    given_biases = {"query_bias": bias_q, "value_bias": bias_v}
+    biases = {name: bias for name, bias in given_biases.items() if bias is not None}
+    scale = data.draw(st.sampled_from([None, 0.3]))
+
+    def call(function):
+        def run(tokens, visual, *rest):
+            named = dict(zip(biases, rest[3:], strict=True))
+            return function(tokens, visual, mask, *rest[:3], num_heads=heads, scale=scale, **named)
+
+        leaves = (normal(seed + 7, b, l, d), normal(seed + 8, b, n, c), *weights, *biases.values())
+        return with_gradients(run, leaves, normal(seed + 9, b, l, heads * e))
+
+    for absorbed, projected in zip(call(absorbed_attention), call(project_and_attend), strict=True):
+        largest = max(1.0, float(projected.abs().max()))
+        torch.testing.assert_close(absorbed, projected, rtol=0, atol=1e-12 * largest * 10)
+
+
+@pytest.mark.parametrize("held", [math.nan, math.inf])
+@pytest.mark.parametrize("kind", ["b l n", "b n"])
+def test_absorbed_hides_what_nobody_attends_to_and_empties_empty_rows(held, kind):
+    b, l, n, d, c, heads = 2, 3, 7, 4, 5, 2
+    mask = mask_of(kind, 9, b, l, n)
+    mask[1, ..., 2] = False
+    unseen = ~(mask.any(dim=1) if kind == "b l n" else mask)
+    empty = ~(mask.any(dim=-1) if kind == "b l n" else mask.any(dim=-1, keepdim=True).expand(b, l))
+    weights, bias_q, bias_v = weights_of(0, d, c, 8)
+    run = lambda tokens, visual, w_q, w_k, w_v, b_q, b_v: absorbed_attention(
+        tokens, visual, mask, w_q, w_k, w_v, num_heads=heads, query_bias=b_q, value_bias=b_v
+    )
+    results = []
+    for fill in (0.0, held):
+        tokens = normal(7, b, l, d).masked_fill(empty[..., None], fill)
+        visual = normal(8, b, n, c).masked_fill(unseen[..., None], fill)
+        leaves = (tokens, visual, *weights, bias_q, bias_v)
+        results.append(with_gradients(run, leaves, torch.ones(b, l, 8, dtype=torch.float64)))
+    for clean, poisoned in zip(*results, strict=True):
+        assert clean.isfinite().all() and poisoned.equal(clean)
+    out, tokens_grad, visual_grad, *_ = results[1]
+    assert out[empty].eq(0).all() and tokens_grad[empty].eq(0).all() and visual_grad[unseen].eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_absorbed_16_bit_stays_near_the_error_of_projecting(dtype):
+    b, l, n, d, c, heads = 2, 21, 225, 32, 64, 4
+    weights, bias_q, bias_v = weights_of(0, d, c, 32)
+    tensors = [normal(7, b, l, d), normal(8, b, n, c), *(w / math.sqrt(w.shape[1]) for w in weights)]
+    mask = mask_of("b l n", 9, b, l, n)
+    options = {"num_heads": heads, "query_bias": bias_q, "value_bias": bias_v}
+    low = [x.to(dtype) for x in tensors]
+    low_options = {"num_heads": heads, "query_bias": bias_q.to(dtype), "value_bias": bias_v.to(dtype)}
+    reference = project_and_attend(*tensors[:2], mask, *tensors[2:], **options)
+    plain = project_and_attend(*low[:2], mask, *low[2:], **low_options)
+    out = absorbed_attention(*low[:2], mask, *low[2:], **low_options)
+    assert_within_budget(out, plain, reference)
+
+
+# ------------------------------------------------------------------------------------------------- gradient
+
+
+@with_each_backend
+@with_each_mask
+def test_gradients(backend, kind):
+    size = (2, 2, 3, 2, 2)
+    tensors, mask = inputs(0, *size), mask_of(kind, 9, *size[:3])
+    need(backend, *tensors, mask)
+    attend = lambda *leaves: masked_attention(*leaves, mask, backend=backend)
+    leaves = [x.requires_grad_() for x in tensors]
+    assert torch.autograd.gradcheck(attend, leaves)
+    if backend == "eager":
+        assert torch.autograd.gradgradcheck(attend, leaves)
+
+
+@with_each_mask
+def test_absorbed_gradients(kind):
+    b, l, n, d, c = 1, 2, 3, 2, 3
+    mask = mask_of(kind, 3, b, l, n)
+    weights, bias_q, bias_v = weights_of(0, d, c, 4)
+    attend = lambda tokens, visual, w_q, w_k, w_v, b_q, b_v: absorbed_attention(
+        tokens, visual, mask, w_q, w_k, w_v, num_heads=2, query_bias=b_q, value_bias=b_v
+    )
+    leaves = [normal(7, b, l, d), normal(8, b, n, c), *weights, bias_q, bias_v]
+    leaves = [x.requires_grad_() for x in leaves]
+    assert torch.autograd.gradcheck(attend, leaves)
+    assert torch.autograd.gradgradcheck(attend, leaves)
+
+
+# -------------------------------------------------------------------------------------------------- compile
+
+
+@pytest.mark.parametrize("backend", NAMED)
+@pytest.mark.parametrize("kind", ["b l n", "none"])
+def test_compiles_once_for_all_sizes_of_the_data(backend, kind):
+    cases = []
+    # Heads and their width belong to the model: SDPA takes its scale as a constant.
+    for size in ((2, 3, 7, 4, 8), (5, 6, 9, 4, 8)):
+        tensors, mask = inputs(0, *size), mask_of(kind, 9, *size[:3])
+        need(backend, *tensors, mask)
+        cases.append(((*(x.requires_grad_() for x in tensors), mask), {"backend": backend}))
+    assert_compiles_once(masked_attention, cases)
+
+
+def test_absorbed_compiles_once_for_all_sizes():
+    cases = []
+    for b, l, n, d, c in ((2, 3, 7, 4, 5), (5, 6, 9, 8, 10)):
+        weights, bias_q, bias_v = weights_of(0, d, c, 12)
+        leaves = [normal(7, b, l, d), normal(8, b, n, c), *weights]
+        tokens, visual, *weights = (x.requires_grad_() for x in leaves)
+        options = {"num_heads": 2, "query_bias": bias_q, "value_bias": bias_v.requires_grad_()}
+        cases.append(((tokens, visual, mask_of("b l n", 9, b, l, n), *weights), options))
+    assert_compiles_once(absorbed_attention, cases)
+
+
+# -------------------------------------------------------------------------------------- choice and refusals
+
+
+@on_each_device
+@with_each_mask
+@pytest.mark.parametrize("e", [8, 20, 3])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
+def test_explain_backends_agrees_with_what_happens(device, kind, e, dtype):
+    tensors = inputs(0, 2, 3, 7, 2, e, dtype=dtype, device=device)
+    mask = mask_of(kind, 9, 2, 3, 7, device=device)
+    reasons = explain_backends(*tensors, mask)
+    assert list(reasons) == NAMED and reasons["eager"] == []
+    for backend, why in reasons.items():
+        if why:
+            with pytest.raises(NotImplementedError) as refusal:
+                masked_attention(*tensors, mask, backend=backend)
+            says = str(refusal.value)
+            assert says.startswith(f"masked_attention: backend '{backend}' cannot run: ")
+            assert all(reason in says for reason in why) and says.endswith("Use backend='auto'")
+        else:
+            out = masked_attention(*tensors, mask, backend=backend)
+            assert out.shape == tensors[0].shape and out.isfinite().all()
+
+
+def test_auto_is_its_stated_rule():
+    tensors, mask = inputs(0, 2, 3, 7, 2, 8), mask_of("b l n", 9, 2, 3, 7)
+    chosen = masked_attention(*tensors, mask)
+    assert chosen.equal(masked_attention(*tensors, mask, backend="auto"))
+    assert chosen.equal(masked_attention(*tensors, mask, backend="sdpa"))
+
+
+@pytest.mark.parametrize("backend", NAMED)
+def test_named_backend_runs_alone_or_refuses_with_every_reason(backend, monkeypatch):
+    ran = []
+    for name in NAMED:
+        attend = lambda query, *rest, name=name: ran.append(name) or torch.zeros_like(query)
+        why = ["head_dim=8 is cursed", "device=cpu (needs a moon)"] if name == backend else []
+        module = SimpleNamespace(reasons=lambda *_, why=why: why, attend=attend)
+        monkeypatch.setitem(attention._BACKENDS, name, module)
+    tensors = inputs(0, 1, 2, 3, 1, 8)
+    says = rf"backend '{backend}' cannot run: head_dim=8 is cursed; device=cpu \(needs a moon\)\. Use"
+    with pytest.raises(NotImplementedError, match=says):
+        masked_attention(*tensors, backend=backend)
+    assert ran == []
+    for other in NAMED:
+        if other != backend:
+            masked_attention(*tensors, backend=other)
+    assert ran == [name for name in NAMED if name != backend]
+
+
+def test_unknown_backend_is_refused_with_the_known_ones():
+    says = "masked_attention: backend must be 'auto' or one of eager, sdpa, xformers, triton, got 'flash'"
+    with pytest.raises(ValueError, match=says):
+        masked_attention(*inputs(0, 1, 2, 3, 1, 8), backend="flash")
+
+
+@pytest.mark.parametrize("function", [masked_attention, explain_backends])
+@pytest.mark.parametrize(
+    ("query", "key", "value", "mask", "says"),
+    [
+        ((2, 3, 2, 8), (2, 5, 2, 4), (2, 5, 2, 8), None, "key 'b n heads e' has e=4, but query has e=8"),
+        ((2, 3, 2, 8), (2, 5, 1, 8), (2, 5, 2, 8), None, "key 'b n heads e' has heads=1, but query has heads=2"),
+        ((2, 3, 2, 8), (2, 5, 2, 8), (2, 6, 2, 8), None, "value 'b n heads e' has n=6, but key has n=5"),
+        ((2, 3, 2, 8), (2, 5, 2, 8), (2, 5, 2, 8), (2, 3, 6), "mask 'b l n' has n=6, but key has n=5"),
+        ((2, 3, 2, 8), (2, 5, 2, 8), (2, 5, 2, 8), (2, 4, 5), "mask 'b l n' has l=4, but query has l=3"),
+        ((2, 3, 2, 8), (2, 5, 2, 8), (2, 5, 2, 8), (3, 5), "mask 'b n' has b=3, but query has b=2"),
+        ((2, 3, 16), (2, 5, 16), (2, 5, 16), None, r"query has shape \(2, 3, 16\), expected axes 'b l heads e'"),
+        ((2, 3, 2, 8), (2, 5, 2, 8), (2, 5, 2, 8), (5,), r"mask has shape \(5,\), expected axes 'b l n'"),
+    ],
+)
+def test_refuses_shapes_that_disagree(function, query, key, value, mask, says):
+    mask = None if mask is None else torch.ones(mask, dtype=torch.bool)
+    with pytest.raises(ValueError, match=f"{function.__name__}: {says}"):
+        function(torch.zeros(query), torch.zeros(key), torch.zeros(value), mask)
+
+
+@pytest.mark.parametrize("function", [masked_attention, explain_backends])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32])
+def test_refuses_masks_that_are_not_bool(function, dtype):
+    for shape in ((1, 2, 3), (1, 3)):
+        with pytest.raises(TypeError, match=f"{function.__name__}: mask must be bool .*, got {dtype}"):
+            function(*inputs(0, 1, 2, 3, 1, 8), torch.ones(shape, dtype=dtype))
+
+
+@pytest.mark.parametrize("function", [masked_attention, explain_backends])
+def test_refuses_mixed_dtypes(function):
+    query, key, value = inputs(0, 1, 2, 3, 1, 8)
+    says = rf"{function.__name__}: query is torch.float64, key torch.float32, value torch.float64"
+    with pytest.raises(TypeError, match=says):
+        function(query, key.float(), value)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "num_heads", "says"),
+    [
+        (((2, 3, 4), (2, 5, 6), (8, 4), (8, 7), (8, 6)), 2, "key_weight 'o c' has c=7, but visual has c=6"),
+        (((2, 3, 4), (2, 5, 6), (8, 5), (8, 6), (8, 6)), 2, "query_weight 'o d' has d=5, but query_tokens has d=4"),
+        (((2, 3, 4), (2, 5, 6), (8, 4), (8, 6), (9, 6)), 2, "value_weight 'o c' has o=9, but query_weight has o=8"),
+        (((2, 3, 4), (3, 5, 6), (8, 4), (8, 6), (8, 6)), 2, "visual 'b n c' has b=3, but query_tokens has b=2"),
+        (((2, 3, 4), (2, 5, 6), (8, 4), (8, 6), (8, 6)), 3, "query_weight 'o d' has o=8, .* num_heads=3"),
+    ],
+)
+def test_absorbed_refuses_shapes_that_disagree(shapes, num_heads, says):
+    tokens, visual, *weights = (torch.zeros(shape) for shape in shapes)
+    with pytest.raises(ValueError, match=f"absorbed_attention: {says}"):
+        absorbed_attention(tokens, visual, None, *weights, num_heads=num_heads)
+
+
+def test_absorbed_refuses_a_wrong_mask_and_a_wrong_bias():
+    shapes = (1, 2, 4), (1, 3, 6), (8, 4), (8, 6), (8, 6)
+    tokens, visual, *weights = (torch.zeros(shape) for shape in shapes)
+    run = lambda mask=None, **biases: absorbed_attention(tokens, visual, mask, *weights, num_heads=2, **biases)
+    with pytest.raises(TypeError, match=r"absorbed_attention: mask must be bool .*, got torch.float32"):
+        run(torch.zeros(1, 2, 3))
+    with pytest.raises(ValueError, match="absorbed_attention: mask 'b n' has n=4, but visual has n=3"):
+        run(torch.ones(1, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match="absorbed_attention: value_bias 'o' has o=7, but query_weight has o=8"):
+        run(value_bias=torch.zeros(7))

@@ -1,0 +1,474 @@
+"""The synthetic set: sentences that mean one object, masks that are exact, files that REFER readers read."""
+
+import dataclasses
+import io
+import itertools
+import json
+import pickle
+import random
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from reference_model.data.synthetic import export
+from reference_model.data.synthetic.config import GenerateConfig
+from reference_model.data.synthetic.export import generate
+from reference_model.data.synthetic.render import painted_ids, polygons, visible_ids
+from reference_model.data.synthetic.scene import OUTLINES, PRESETS, SceneObject, outline_area
+from reference_model.data.synthetic.words import VOCABULARY
+from reference_model.files import InputError
+
+SIDES = {"left": ("x", -1), "right": ("x", 1), "top": ("y", -1), "bottom": ("y", 1)}
+
+NAMED_COLOURS = {
+    "red": (210, 40, 40),
+    "green": (40, 160, 60),
+    "blue": (40, 80, 210),
+    "yellow": (245, 220, 40),
+    "purple": (140, 60, 180),
+    "orange": (250, 130, 20),
+    "white": (250, 250, 250),
+    "black": (20, 20, 20),
+}
+
+
+class PlainUnpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"asks for {module}.{name}")
+
+
+class Made:
+    """A generated set, read back with nothing of the package but the drawing of its masks."""
+
+    def __init__(self, config):
+        self.config, self.root = config, config.root
+        self.pickled = (self.root / "refcoco" / "refs(unc).p").read_bytes()
+        self.refs = PlainUnpickler(io.BytesIO(self.pickled)).load()
+        self.instances = json.loads((self.root / "refcoco" / "instances.json").read_text())
+        self.annotations = {a["id"]: a for a in self.instances["annotations"]}
+        self.images = {i["id"]: i for i in self.instances["images"]}
+        self.scenes = {s["image_id"]: s for s in json.loads((self.root / "scenes.json").read_text())}
+
+    def sentences(self):
+        for ref in self.refs:
+            for sentence in ref["sentences"]:
+                yield ref, self.scenes[ref["image_id"]]["objects"], sentence
+
+    def masks(self):
+        """(annotation, object as stored, exact visible mask) of every object."""
+        for scene in self.scenes.values():
+            items = [SceneObject(**{k: v for k, v in o.items() if k != "ann_id"}) for o in scene["objects"]]
+            ids = visible_ids(painted_ids(items, self.config.size))
+            for k, stored in enumerate(scene["objects"]):
+                yield self.annotations[stored["ann_id"]], items[k], ids == k + 1
+
+
+@pytest.fixture(scope="module", params=["easy", "standard"])
+def made(request, tmp_path_factory):
+    root = tmp_path_factory.mktemp("synthetic") / request.param
+    config = GenerateConfig(root=root, scenes=request.param, train=120, val=15, test=25)
+    generate(config)
+    return Made(config)
+
+
+def picks(program, objects, margins):
+    """Ids that a program picks, by plain loops; None where `margins` asks and they leave it undecided."""
+    if program == ["all"]:
+        return [o["ann_id"] for o in objects]
+    inner = picks(program[-1], objects, margins)
+    if inner is None:
+        return None
+    pool = [o for o in objects if o["ann_id"] in inner]
+    operation, first = program[0], program[1]
+    if operation == "filter":
+        return [o["ann_id"] for o in pool if o[first] == program[2]]
+    if operation == "superlative":
+        best = None
+        for o in pool:
+            if best is None or (o[first] > best[first] if program[2] == "max" else o[first] < best[first]):
+                best = o
+        for o in pool:
+            if o is not best and margins:
+                ratio = max(o[first], best[first]) / min(o[first], best[first])
+                if ratio < 1.22 if first == "scale" else abs(o[first] - best[first]) < 0.06:
+                    return None
+        return [] if best is None else [best["ann_id"]]
+    axis, sign = SIDES[first]
+    line = 0.5
+    if operation == "relation":
+        anchors = picks(program[2], objects, margins)
+        if anchors is None or len(anchors) != 1:
+            return None
+        line = next(o[axis] for o in objects if o["ann_id"] == anchors[0])
+        pool = [o for o in pool if o["ann_id"] != anchors[0]]
+    found = []
+    for o in pool:
+        if margins and abs(o[axis] - line) < 0.06:
+            return None
+        if sign * (o[axis] - line) > 0:
+            found.append(o["ann_id"])
+    return found
+
+
+def without_one_part(program):
+    """All ways to drop one part, the parts of an anchor excepted."""
+    if program != ["all"]:
+        yield program[-1]
+        for less in without_one_part(program[-1]):
+            yield [*program[:-1], less]
+
+
+def operations(program):
+    while program != ["all"]:
+        yield program
+        if program[0] == "relation":
+            yield from operations(program[2])
+        program = program[-1]
+
+
+def test_every_sentence_picks_its_object_alone(made):
+    for ref, objects, sentence in made.sentences():
+        assert picks(sentence["program"], objects, margins=True) == [ref["ann_id"]], sentence
+
+
+def test_every_part_of_a_sentence_is_needed(made):
+    def check(program, objects, answer):
+        assert program != ["all"]
+        for less in without_one_part(program):
+            found = picks(less, objects, margins=True)
+            if program[0] == "superlative":
+                assert found != answer, (program, less)
+            else:
+                assert found is not None and len(found) >= 2, (program, less)
+            if less is program[-1]:
+                assert len(found) >= 2, (program, less)
+
+    for ref, objects, sentence in made.sentences():
+        check(sentence["program"], objects, [ref["ann_id"]])
+        for program in operations(sentence["program"]):
+            if program[0] == "relation":
+                check(program[2], objects, picks(program[2], objects, margins=True))
+
+
+def test_sentence_survives_moving_and_resizing_within_the_margins(made):
+    rng = random.Random(0)
+    step, factor = 0.029, 1.1  # two objects: 0.058 < 0.06 and 1.21 < 1.22
+    for ref, objects, sentence in made.sentences():
+        for _ in range(6):
+            moved = [
+                o
+                | {axis: o[axis] + rng.choice((-step, step)) for axis in "xy"}
+                | {"scale": o["scale"] * rng.choice((1 / factor, factor))}
+                for o in objects
+            ]
+            assert picks(sentence["program"], moved, margins=False) == [ref["ann_id"]], sentence
+
+
+def test_relation_names_the_longer_way(made):
+    for ref, objects, sentence in made.sentences():
+        program = sentence["program"]
+        if program[0] == "relation":
+            target = next(o for o in objects if o["ann_id"] == ref["ann_id"])
+            (anchor,) = (o for o in objects if o["ann_id"] in picks(program[2], objects, True))
+            gap = {axis: abs(target[axis] - anchor[axis]) for axis in "xy"}
+            assert gap[SIDES[program[1]][0]] == max(gap.values())
+
+
+def test_larger_scale_means_larger_area_and_diameter_for_any_two_shapes():
+    def area_and_diameter(points):
+        x, y = points.T
+        area = abs(sum(x[i - 1] * y[i] - x[i] * y[i - 1] for i in range(len(x)))) / 2
+        return area, max(np.hypot(*(p - q)) for p in points for q in points)
+
+    measured = {shape: area_and_diameter(points) for shape, points in OUTLINES.items()}
+    for one, other in itertools.permutations(measured.values(), 2):
+        assert one[0] * 1.22**2 > other[0] and one[1] * 1.22 > other[1]
+
+
+MEANINGS = {
+    "left": ("left", "leftmost"),
+    "right": ("right", "rightmost"),
+    "top": ("top", "topmost", "highest", "upper", "above", "higher"),
+    "bottom": ("bottom", "lowest", "lower", "below", "under"),
+    "max": ("largest", "biggest"),
+    "min": ("smallest", "tiniest"),
+    "small": ("small", "little"),
+    "large": ("large", "big"),
+}
+
+
+def test_words_say_what_the_program_says(made):
+    meanings = {word: meaning for meaning, words in MEANINGS.items() for word in words}
+    meanings |= {name: name for p in PRESETS.values() for name in (*p.shapes, *p.colours)}
+    ends = {("x", "min"): "left", ("x", "max"): "right", ("y", "min"): "top", ("y", "max"): "bottom"}
+    for _, _, sentence in made.sentences():
+        said = Counter(meanings[word] for word in sentence["tokens"] if word in meanings)
+        meant = Counter()
+        for operation, first, *rest in operations(sentence["program"]):
+            if operation == "filter":
+                meant[rest[0]] += 1
+            elif operation == "superlative":
+                meant[ends.get((first, rest[0]), rest[0])] += 1
+            else:
+                meant[first] += 1
+        assert said == meant, sentence
+
+
+def test_vocabulary_is_closed_small_and_lower_case(made):
+    words = {word for _, _, sentence in made.sentences() for word in sentence["tokens"]}
+    assert words <= VOCABULARY and len(VOCABULARY) <= 70
+    assert all(word.isascii() and word.isalpha() and word.islower() for word in VOCABULARY)
+    assert max(len(sentence["tokens"]) for _, _, sentence in made.sentences()) <= 18
+
+
+def test_families_of_the_preset_all_occur(made):
+    heads = Counter(s["program"][0] for _, _, s in made.sentences())
+    heads["size"] = sum(s["program"][:2] == ["superlative", "scale"] for _, _, s in made.sentences())
+    heads["place"] = heads["location"] + heads["superlative"] - heads["size"]
+    wanted = ("filter", "size", "place") + (("relation",) if made.config.scenes == "standard" else ())
+    assert all(heads[head] >= 0.1 * heads.total() / 2 for head in wanted), heads
+    if made.config.scenes == "easy":
+        said = {op[1] for _, _, s in made.sentences() for op in operations(s["program"]) if op[0] == "filter"}
+        assert heads["relation"] == 0 and said == {"shape", "colour"}
+
+
+def test_guessing_the_largest_object_is_a_poor_baseline(made):
+    areas = defaultdict(dict)
+    for annotation in made.annotations.values():
+        areas[annotation["image_id"]][annotation["id"]] = annotation["area"]
+    hits = [max(a, key=a.get) == ref["ann_id"] for ref in made.refs for a in [areas[ref["image_id"]]]]
+    assert np.mean(hits) < 0.5
+    assert np.mean([len(a) >= 3 for a in areas.values()]) > 0.8
+
+
+def test_splits_share_no_picture_and_test_splits_share_no_target_shape(made):
+    config, splits, shapes = made.config, defaultdict(set), defaultdict(set)
+    names = {c["id"]: c["name"] for c in made.instances["categories"]}
+    for ref in made.refs:
+        splits[ref["split"]].add(ref["image_id"])
+        shapes[ref["split"]].add(names[ref["category_id"]])
+    sizes = {split: len(ids) for split, ids in splits.items()}
+    assert sizes == {"train": config.train, "val": config.val, "testA": config.test, "testB": config.test}
+    assert len(set().union(*splits.values())) == sum(sizes.values()) == len(made.images)
+    ordered = PRESETS[config.scenes].shapes
+    half = len(ordered) // 2
+    assert shapes["testA"] == set(ordered[:half]) and shapes["testB"] == set(ordered[half:])
+    pictures = [(made.root / "images/train2014" / i["file_name"]).read_bytes() for i in made.images.values()]
+    assert len(set(pictures)) == len(pictures)
+
+
+def test_refs_are_plain_and_join_with_the_instances(made):
+    def plain(value):
+        if type(value) is dict:
+            return all(type(k) is str and plain(v) for k, v in value.items())
+        return type(value) in (int, str) or (type(value) is list and all(map(plain, value)))
+
+    assert made.pickled[:2] == b"\x80\x02" and type(made.refs) is list and plain(made.refs)
+    sent_ids = [i for ref in made.refs for i in ref["sent_ids"]]
+    assert len(set(sent_ids)) == len(sent_ids)
+    assert len({ref["ref_id"] for ref in made.refs}) == len({ref["ann_id"] for ref in made.refs})
+    per_image = Counter(ref["image_id"] for ref in made.refs)
+    assert set(per_image.values()) == {2, 3, 4}
+    for ref in made.refs:
+        annotation = made.annotations[ref["ann_id"]]
+        assert (annotation["image_id"], annotation["category_id"]) == (ref["image_id"], ref["category_id"])
+        stem = made.images[ref["image_id"]]["file_name"].removesuffix(".jpg")
+        assert ref["file_name"] == f"{stem}_{ref['ann_id']}.jpg"
+        assert [s["sent_id"] for s in ref["sentences"]] == ref["sent_ids"] and 1 <= len(ref["sent_ids"]) <= 3
+        assert all(s["tokens"] == s["sent"].split() and s["sent"] in s["raw"] for s in ref["sentences"])
+        assert len({s["sent"] for s in ref["sentences"]}) == len(ref["sentences"])
+
+
+def decoded(rings, height, width):
+    runs = coco_mask.frPyObjects([[float(v) for v in ring] for ring in rings], height, width)
+    return coco_mask.decode(coco_mask.merge(runs)).astype(bool)
+
+
+def test_polygons_decode_to_the_exact_visible_mask(made):
+    size = made.config.size
+    for annotation, _, mask in made.masks():
+        rows, columns = np.nonzero(mask)
+        left, top = columns.min(), rows.min()
+        assert annotation["bbox"] == [left, top, columns.max() + 1 - left, rows.max() + 1 - top]
+        assert annotation["area"] == mask.sum()
+        np.testing.assert_array_equal(decoded(annotation["segmentation"], size, size), mask)
+
+
+@given(st.integers(1, 7), st.integers(1, 7), st.integers(0, 2**49 - 1))
+@settings(deadline=None)
+def test_polygons_of_any_mask_cover_it_and_fill_holes_alone(height, width, bits):
+    mask = np.array([bits >> k & 1 for k in range(height * width)], dtype=bool).reshape(height, width)
+    rings = polygons(mask)
+    if not mask.any():
+        assert rings == []
+        return
+    outside, border = np.zeros((height + 2, width + 2), dtype=bool), [(0, 0)]
+    padded = np.pad(mask, 1)
+    while border:
+        y, x = border.pop()
+        if 0 <= y < height + 2 and 0 <= x < width + 2 and not padded[y, x] and not outside[y, x]:
+            outside[y, x] = True
+            border += [(y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1)]
+    covered = decoded(rings, height, width)
+    assert (covered >= mask).all() and not (covered & outside[1:-1, 1:-1]).any()
+
+
+def test_polygons_go_round_each_piece_once():
+    frame = np.array([[1, 1, 1, 0, 0], [1, 0, 1, 0, 1], [1, 1, 1, 0, 0]], dtype=bool)
+    assert polygons(frame) == [[0, 0, 3, 0, 3, 3, 0, 3], [4, 1, 5, 1, 5, 2, 4, 2]]
+
+
+def test_scene_that_hides_an_object_is_drawn_anew(tmp_path, monkeypatch):
+    crowded = dataclasses.replace(PRESETS["standard"], spacing=0.3)
+    monkeypatch.setitem(PRESETS, "standard", crowded)
+    config = small(tmp_path / "crowded", size=128)
+    generate(config)
+    shares = [mask.sum() / outline_area(item) / config.size**2 for _, item, mask in Made(config).masks()]
+    assert 0.7 <= min(shares) < 0.85  # much is hidden, and never too much
+
+
+def test_objects_are_seen_and_lie_where_the_scene_says(made):
+    size = made.config.size
+    for annotation, item, mask in made.masks():
+        assert mask.sum() >= 0.7 * outline_area(item) * size**2
+        if made.config.scenes == "easy":  # nothing overlaps there, so all of an object is seen
+            assert mask.mean() >= 0.015
+            x, y, width, height = annotation["bbox"]
+            assert abs((x + width / 2) / size - item.x) <= 2 / size
+            assert abs((y + height / 2) / size - item.y) <= 2 / size
+            assert x > 0 and y > 0 and x + width < size and y + height < size
+
+
+def test_pictures_show_each_object_in_its_colour(made):
+    pixels = {}
+    for image in made.images.values():
+        with Image.open(made.root / "images/train2014" / image["file_name"]) as opened:
+            assert opened.size == (image["width"], image["height"]) and opened.mode == "RGB"
+            pixels[image["id"]] = np.asarray(opened).astype(int)
+    for annotation, item, mask in made.masks():
+        picture = pixels[annotation["image_id"]]
+        assert np.abs(np.median(picture[mask], axis=0) - item.rgb).max() <= 14, item
+        nearest = {
+            colour: np.abs(np.median(picture[mask], axis=0) - named).sum()
+            for colour, named in NAMED_COLOURS.items()
+        }
+        assert min(nearest, key=nearest.get) == item.colour
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def small(root, **changes):
+    return GenerateConfig(
+        **{"root": root, "scenes": "standard", "size": 48, "train": 36, "val": 2, "test": 2} | changes
+    )
+
+
+def test_same_settings_give_same_bytes_for_any_number_of_workers(tmp_path):
+    alone, again, shared = (tmp_path / name for name in ("alone", "again", "shared"))
+    generate(small(alone))
+    generate(small(again))
+    generate(small(shared, workers=2))
+    assert contents(alone) == contents(again) == contents(shared)
+
+
+def test_picture_depends_on_seed_split_and_index_alone(tmp_path):
+    def pictures(name, **changes):
+        root = generate(small(tmp_path / name, **changes))
+        found = defaultdict(list)
+        for scene in json.loads((root / "scenes.json").read_text()):
+            file = root / "images/train2014" / f"COCO_train2014_{scene['image_id']:012d}.jpg"
+            found[scene["split"]].append(file.read_bytes())
+        return found
+
+    few, many, other = pictures("few", train=2), pictures("many", train=5, val=4), pictures("other", seed=1)
+    for split in few:
+        assert many[split][:2] == few[split]
+        assert not set(few[split]) & set(other[split])
+
+
+@pytest.mark.parametrize("scenes", ["easy", "standard"])
+def test_smallest_size_still_shows_every_object(tmp_path, scenes):
+    made = Made(small(generate(small(tmp_path / "tiny", scenes=scenes, size=32)), scenes=scenes, size=32))
+    assert all(annotation["area"] >= 4 for annotation in made.annotations.values())
+    for annotation, _, mask in made.masks():
+        np.testing.assert_array_equal(decoded(annotation["segmentation"], 32, 32), mask)
+
+
+def test_root_made_with_same_settings_is_left_alone(tmp_path, monkeypatch, capsys):
+    root = generate(small(tmp_path / "set", train=2))
+    monkeypatch.setattr(export, "picture", None)
+    assert generate(small(root, train=2, workers=2)) == root
+    assert f"{root}: up to date" in capsys.readouterr().err
+
+
+def test_root_that_holds_something_else_is_refused_and_kept(tmp_path):
+    root = generate(small(tmp_path / "set", train=2))
+    before = contents(root)
+    with pytest.raises(InputError, match=r"holds a set with train=2 \(asked for 3\), seed=0 \(asked for 5\)"):
+        generate(small(root, train=3, seed=5))
+    assert contents(root) == before
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("mine")
+    for place in (foreign, foreign / "thesis.txt"):
+        with pytest.raises(InputError, match="was not made by generate; choose another root"):
+            generate(small(place))
+    assert contents(foreign) == {"thesis.txt": b"mine"}
+
+
+def test_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
+    drawn = []
+
+    def interrupted(*args):
+        drawn.append(args)
+        if len(drawn) == 3:
+            raise KeyboardInterrupt
+        return export_picture(*args)
+
+    export_picture = export.picture
+    monkeypatch.setattr(export, "picture", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        generate(small(tmp_path / "set"))
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    (tmp_path / "set").mkdir()  # an empty folder is a place like any other
+    assert len(contents(generate(small(tmp_path / "set", train=2)))) == 2 + 2 + 2 * 2 + 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"size": 31}, r"size must be a whole number in \[32, 2048\], got 31"),
+        ({"size": 64.0}, r"size must be a whole number in \[32, 2048\], got 64.0"),
+        ({"train": -1}, r"train must be a whole number in \[0, \d+\], got -1"),
+        ({"val": -5}, r"val must be .* got -5"),
+        ({"test": -1}, r"test must be .* got -1"),
+        ({"seed": -1}, r"seed must be .* got -1"),
+        ({"workers": 0}, r"workers must be a whole number in \[1, \d+\], got 0"),
+        ({"scenes": "hard"}, r"scenes must be one of \['easy', 'standard'\], got 'hard'"),
+        ({"train": 0, "val": 0, "test": 0}, "train, val and test are all 0"),
+    ],
+)
+def test_nonsense_is_refused_by_name(tmp_path, changes, says):
+    with pytest.raises(InputError, match=says):
+        generate(small(tmp_path / "set", **changes))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_config_needs_no_torch_and_no_numpy():
+    code = (
+        "import sys, reference_model.data.synthetic.config\n"
+        "print(*{'torch', 'numpy', 'PIL'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
