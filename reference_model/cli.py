@@ -1,5 +1,6 @@
 """The command ``metris``: one line per command; what a command needs is imported when it is called."""
 
+import json
 import sys
 import warnings
 from importlib import import_module
@@ -70,8 +71,8 @@ def parse(name: str, arguments: list[str]) -> Any:
 
 
 def _split(arguments: list[str], prog: str) -> tuple[list[Path], list[str]]:
-    """Part config files (presets among them) from overrides, and let a bare --flag mean true."""
-    files, overrides = [], []
+    """Part config files (presets among them) from overrides; a bare --flag means true, sentences add up."""
+    files, overrides, expressions = [], [], []
     waiting = list(arguments)
     while waiting:
         name, has_value, value = waiting.pop(0).partition("=")
@@ -80,11 +81,16 @@ def _split(arguments: list[str], prog: str) -> tuple[list[Path], list[str]]:
                 raise InputError(f"{prog}: {name} needs a value; see {prog} --help")
             value = value if has_value else waiting.pop(0)
             files.append(preset_file(value) if name == "--preset" else Path(value))
+        elif name == "--expression" and (has_value or waiting):
+            # As JSON, so that no sentence is taken for YAML.
+            expressions.append(value if has_value else waiting.pop(0))
         elif name in ("--json", "--baselines", "--cache") and not has_value:
             follows = waiting[:1] in (["true"], ["false"])
             overrides.append(f"{name}={waiting.pop(0) if follows else 'true'}")
         else:
             overrides.append(f"{name}{has_value}{value}")
+    if expressions:
+        overrides.append(f"--expression={json.dumps(expressions)}")
     return files, overrides
 
 

@@ -240,7 +240,10 @@ def without_padding(tokens: Tensor, mask: Tensor | None) -> Tensor:
     return torch.stack(
         [
             torch.stack(
-                [row if bool(real) else torch.zeros_like(row) for row, real in zip(sample, reals, strict=True)]
+                [
+                    row if bool(real) else torch.zeros_like(row)
+                    for row, real in zip(sample, reals, strict=True)
+                ]
             )
             for sample, reals in zip(tokens, mask, strict=True)
         ]
@@ -299,13 +302,9 @@ def extract(
     masks = {"visual_mask": visual_mask, "language_mask": language_mask}
     scores, mask = curate(visual, language, below(weights, "curation"), ratio, **masks)
     visual = without_padding(visual, visual_mask)
-    aggregated = eq5_aggregate(
-        scores, mask, visual, temperature=temperature, divide_by_count=divide_by_count
-    )
+    aggregated = eq5_aggregate(scores, mask, visual, temperature=temperature, divide_by_count=divide_by_count)
     aggregated = linear(aggregated, below(weights, "aggregation.proj"))
     refined = attention_layer(aggregated, visual, mask, below(weights, "refinement.layer"), num_heads)
     refined = without_padding(refined, language_mask)
-    tokens = attention_layer(
-        refined, None, language_mask, below(weights, "relationship.layer"), num_heads
-    )
+    tokens = attention_layer(refined, None, language_mask, below(weights, "relationship.layer"), num_heads)
     return without_padding(tokens, language_mask), scores, mask

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metris_blocks import LanguageEnhancer, VisualExpressionExtractor
+from reference_model.files import InputError
 from reference_model.model.config import ModelConfig
 from reference_model.model.image_encoder import ImageEncoder
 from reference_model.model.mask_decoder import MaskDecoder
@@ -103,7 +104,20 @@ class METRIS(nn.Module):
 
 
 def build_metris(config: ModelConfig) -> METRIS:
-    """Build the model of a config: the one place where a config becomes keyword arguments."""
+    """Build the model of a config: the one place where a config becomes keyword arguments.
+
+    Raises:
+        InputError: A value is out of range, or an encoder cannot be had.
+    """
+    try:
+        return _built(config)
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"model: {error}") from error
+
+
+def _built(config: ModelConfig) -> METRIS:
     image_encoder = ImageEncoder(
         config.image_encoder,
         image_size=config.image_size,

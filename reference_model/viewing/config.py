@@ -15,7 +15,7 @@ class PredictConfig:
     image: Path | None = None
     """Photo, JPEG or PNG of any size."""
     expression: list[str] | None = None
-    """What to look for in the image; more with --expression+="another sentence"."""
+    """What to look for in the image; may be given several times."""
     out: Path = Path("mask.png")
     """Mask to write, as PNG (255 inside) of the image's own size, with an overlay NAME_overlay.png beside it.
     Several sentences number the names. With data: the folder of the pictures."""

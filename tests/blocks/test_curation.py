@@ -92,7 +92,9 @@ def test_compiles_once_for_all_sizes():
 
 
 def test_ratio_in_per_cent_is_refused_with_the_share():
-    says = r"RelevanceCuration: ratio must be in \(0, 1\], got 30; the paper's r = 30 means per cent, here 0.3"
+    says = (
+        r"RelevanceCuration: ratio must be in \(0, 1\], got 30; the paper's r = 30 means per cent, here 0.3"
+    )
     with pytest.raises(ValueError, match=says):
         RelevanceCuration(5, 4, 6, ratio=30)
 

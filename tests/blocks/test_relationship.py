@@ -83,11 +83,12 @@ def test_one_word_leaves_nothing_to_choose():
 
 
 def test_compiles_once_for_all_sizes():
+    # Forward alone: the backward of this layer is compiled in test_extractor.py.
     cases = []
     for b, l in ((2, 3), (5, 7)):
         mask = torch.arange(l) < l - torch.arange(b)[:, None] % l
-        cases.append(((normal(0, b, l, 4).requires_grad_(), mask), {}))
-    assert_compiles_once(block(), cases)
+        cases.append(((normal(0, b, l, 4), mask), {}))
+    assert_compiles_once(block().requires_grad_(False), cases)
 
 
 @pytest.mark.parametrize(

@@ -122,9 +122,7 @@ def test_16_bit_values_and_gradients_stay_within_the_error_of_textbook_code(
 @with_each_backend
 @pytest.mark.parametrize("kind", ["b l n", "b n"])
 @pytest.mark.parametrize("held", [1.0, math.nan, math.inf])
-@pytest.mark.parametrize(
-    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
-)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_row_that_attends_to_nothing_is_zero_with_zero_gradient(device, backend, kind, held, dtype):
     b, l, n, heads, e = 2, 3, 7, 2, 8
     query, key, value = inputs(0, b, l, n, heads, e, dtype=dtype, device=device)
@@ -214,7 +212,9 @@ def test_inputs_may_have_any_strides(device, backend, kind):
     mask = mask_of(kind, 9, *size[:3], device=device)
     need(backend, *tensors, mask)
     strided = [x.transpose(1, 3).contiguous().transpose(1, 3) for x in tensors]
-    strided_mask = None if mask is None else mask.mT.contiguous().mT if mask.ndim == 3 else mask.T.contiguous().T
+    strided_mask = (
+        None if mask is None else mask.mT.contiguous().mT if mask.ndim == 3 else mask.T.contiguous().T
+    )
     assert_equal(
         masked_attention(*strided, strided_mask, backend=backend),
         masked_attention(*tensors, mask, backend=backend),
@@ -272,9 +272,7 @@ def project_and_attend(tokens, visual, mask, query_weight, key_weight, value_wei
 
 
 @given(st.data(), sizes("b l n d c e"), st.integers(1, 3), seeds, st.booleans(), st.booleans())
-def test_absorbed_equals_projecting_in_values_and_gradients(
-    data, size, heads, seed, query_bias, value_bias
-):
+def test_absorbed_equals_projecting_in_values_and_gradients(data, size, heads, seed, query_bias, value_bias):
     b, l, n, d, c, e = size
     weights, bias_q, bias_v = weights_of(seed, d, c, heads * e, query_bias=query_bias, value_bias=value_bias)
     mask = data.draw(st.one_of(st.none(), masks(b, l, n), paddings(b, n)))
@@ -396,9 +394,7 @@ def test_absorbed_compiles_once_for_all_sizes():
 @on_each_device
 @with_each_mask
 @pytest.mark.parametrize("e", [8, 20, 3])
-@pytest.mark.parametrize(
-    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
-)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_explain_backends_agrees_with_what_happens(device, kind, e, dtype):
     tensors = inputs(0, 2, 3, 7, 2, e, dtype=dtype, device=device)
     mask = mask_of(kind, 9, 2, 3, 7, device=device)
@@ -453,12 +449,24 @@ def test_unknown_backend_is_refused_with_the_known_ones():
     ("query", "key", "value", "mask", "says"),
     [
         ((2, 3, 2, 8), (2, 5, 2, 4), (2, 5, 2, 8), None, "key 'b n heads e' has e=4, but query has e=8"),
-        ((2, 3, 2, 8), (2, 5, 1, 8), (2, 5, 2, 8), None, "key 'b n heads e' has heads=1, but query has heads=2"),
+        (
+            (2, 3, 2, 8),
+            (2, 5, 1, 8),
+            (2, 5, 2, 8),
+            None,
+            "key 'b n heads e' has heads=1, but query has heads=2",
+        ),
         ((2, 3, 2, 8), (2, 5, 2, 8), (2, 6, 2, 8), None, "value 'b n heads e' has n=6, but key has n=5"),
         ((2, 3, 2, 8), (2, 5, 2, 8), (2, 5, 2, 8), (2, 3, 6), "mask 'b l n' has n=6, but key has n=5"),
         ((2, 3, 2, 8), (2, 5, 2, 8), (2, 5, 2, 8), (2, 4, 5), "mask 'b l n' has l=4, but query has l=3"),
         ((2, 3, 2, 8), (2, 5, 2, 8), (2, 5, 2, 8), (3, 5), "mask 'b n' has b=3, but query has b=2"),
-        ((2, 3, 16), (2, 5, 16), (2, 5, 16), None, r"query has shape \(2, 3, 16\), expected axes 'b l heads e'"),
+        (
+            (2, 3, 16),
+            (2, 5, 16),
+            (2, 5, 16),
+            None,
+            r"query has shape \(2, 3, 16\), expected axes 'b l heads e'",
+        ),
         ((2, 3, 2, 8), (2, 5, 2, 8), (2, 5, 2, 8), (5,), r"mask has shape \(5,\), expected axes 'b l n'"),
     ],
 )
@@ -488,9 +496,21 @@ def test_refuses_mixed_dtypes(function):
     ("shapes", "num_heads", "says"),
     [
         (((2, 3, 4), (2, 5, 6), (8, 4), (8, 7), (8, 6)), 2, "key_weight 'o c' has c=7, but visual has c=6"),
-        (((2, 3, 4), (2, 5, 6), (8, 5), (8, 6), (8, 6)), 2, "query_weight 'o d' has d=5, but query_tokens has d=4"),
-        (((2, 3, 4), (2, 5, 6), (8, 4), (8, 6), (9, 6)), 2, "value_weight 'o c' has o=9, but query_weight has o=8"),
-        (((2, 3, 4), (3, 5, 6), (8, 4), (8, 6), (8, 6)), 2, "visual 'b n c' has b=3, but query_tokens has b=2"),
+        (
+            ((2, 3, 4), (2, 5, 6), (8, 5), (8, 6), (8, 6)),
+            2,
+            "query_weight 'o d' has d=5, but query_tokens has d=4",
+        ),
+        (
+            ((2, 3, 4), (2, 5, 6), (8, 4), (8, 6), (9, 6)),
+            2,
+            "value_weight 'o c' has o=9, but query_weight has o=8",
+        ),
+        (
+            ((2, 3, 4), (3, 5, 6), (8, 4), (8, 6), (8, 6)),
+            2,
+            "visual 'b n c' has b=3, but query_tokens has b=2",
+        ),
         (((2, 3, 4), (2, 5, 6), (8, 4), (8, 6), (8, 6)), 3, "query_weight 'o d' has o=8, .* num_heads=3"),
     ],
 )
@@ -503,10 +523,14 @@ def test_absorbed_refuses_shapes_that_disagree(shapes, num_heads, says):
 def test_absorbed_refuses_a_wrong_mask_and_a_wrong_bias():
     shapes = (1, 2, 4), (1, 3, 6), (8, 4), (8, 6), (8, 6)
     tokens, visual, *weights = (torch.zeros(shape) for shape in shapes)
-    run = lambda mask=None, **biases: absorbed_attention(tokens, visual, mask, *weights, num_heads=2, **biases)
+    run = lambda mask=None, **biases: absorbed_attention(
+        tokens, visual, mask, *weights, num_heads=2, **biases
+    )
     with pytest.raises(TypeError, match=r"absorbed_attention: mask must be bool .*, got torch.float32"):
         run(torch.zeros(1, 2, 3))
     with pytest.raises(ValueError, match="absorbed_attention: mask 'b n' has n=4, but visual has n=3"):
         run(torch.ones(1, 4, dtype=torch.bool))
-    with pytest.raises(ValueError, match="absorbed_attention: value_bias 'o' has o=7, but query_weight has o=8"):
+    with pytest.raises(
+        ValueError, match="absorbed_attention: value_bias 'o' has o=7, but query_weight has o=8"
+    ):
         run(value_bias=torch.zeros(7))

@@ -85,7 +85,9 @@ def test_target_and_background_are_mirror_images(size, seed):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_finite_for_any_finite_input(dtype, temperature, reduction):
     largest = torch.finfo(dtype).max
-    scores = torch.tensor([[1e38, -1e38, 1.0, -1.0, 0.0, 1e-38]], dtype=torch.float64).clamp(-largest, largest)
+    scores = torch.tensor([[1e38, -1e38, 1.0, -1.0, 0.0, 1e-38]], dtype=torch.float64).clamp(
+        -largest, largest
+    )
     scores = scores.to(dtype).repeat(3, 1).requires_grad_()
     target = torch.tensor([[0.0], [0.5], [1.0]]).expand(3, 6)
     for tau in (temperature, torch.tensor(temperature)):

@@ -31,7 +31,9 @@ def test_mask_equals_paper_equation_where_scores_tie(data, size, ratio):
     assert top_r_mask(scores, ratio, visual_mask=visual_mask).equal(curated)
 
 
-@pytest.mark.parametrize(("n", "ratio", "count"), [(225, 0.3, 68), (225, 1.0, 225), (1, 0.3, 1), (3, 0.01, 1)])
+@pytest.mark.parametrize(
+    ("n", "ratio", "count"), [(225, 0.3, 68), (225, 1.0, 225), (1, 0.3, 1), (3, 0.01, 1)]
+)
 def test_mask_counts_the_printed_cases(n, ratio, count):
     scores = distinct_scores(0, 2, 3, n)
     everything = torch.ones(2, n, dtype=torch.bool)
@@ -158,7 +160,6 @@ def test_scores_are_wide_and_the_same_under_autocast(dtype):
     for autocast in (torch.bfloat16, torch.float16):
         with torch.autocast("cpu", dtype=autocast):
             assert cosine_relevance(visual, language).equal(plain)
-
 
 
 # ------------------------------------------------------------------------------------------------- gradient

@@ -1,0 +1,42 @@
+# Each target builds .venv on first use, from the pins in constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO ?= demo
+
+.PHONY: demo test test-slow check bench bench-gpu clean
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("metris-blocks needs Python >= 3.11, found " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --progress-bar off --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# A data set in RefCOCO's format, a small METRIS trained on it, its scores, its masks on unseen pictures.
+demo: $(VENV)/.ready
+	$(BIN)/metris generate --root $(DEMO)/data --scenes easy --size 96 --train 3000 --val 120 --test 100 --workers 2
+	$(BIN)/metris train --preset metris_tiny --data.root $(DEMO)/data --out $(DEMO)/run
+	$(BIN)/metris evaluate --checkpoint $(DEMO)/run --data.root $(DEMO)/data --splits val,testA,testB --baselines
+	$(BIN)/metris predict --checkpoint $(DEMO)/run --data.root $(DEMO)/data --split testA --count 4 --out $(DEMO)/pictures
+	$(BIN)/metris predict --checkpoint $(DEMO)/run --data.root $(DEMO)/data --split testB --count 4 --out $(DEMO)/pictures
+	@echo "checkpoint: $(DEMO)/run   metrics: $(DEMO)/run/metrics.json   pictures: $(DEMO)/pictures"
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.ready
+	$(BIN)/python -m pytest -m slow
+
+check: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.ready
+	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' -o python_functions='bench_*' -o addopts= --benchmark-only
+
+bench-gpu: bench
+
+clean:
+	rm -rf $(VENV) $(DEMO) build dist

@@ -1,0 +1,186 @@
+"""The command line: presets and overrides, one-line errors, exit code 2, nothing half-written."""
+
+import ast
+import importlib
+import inspect
+import json
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from reference_model.cli import COMMANDS, main, parse
+from reference_model.configs import build, preset_names, read_yaml, to_yaml
+from reference_model.model.config import ModelConfig
+from reference_model.training.config import TrainConfig
+
+
+def refused(capsys, *arguments):
+    """Run a command that must fail as a user's mistake, and give its one line."""
+    assert main([str(a) for a in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("metris: error: ") and err.count("\n") == 1 and "Traceback" not in err
+    return err
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_fills_a_training_config(name):
+    config = parse("train", ["--preset", name, "--data.root", "x"])
+    assert config.data.root == Path("x")
+
+
+def test_tiny_preset_curates_from_at_least_six_by_six_tokens():
+    from reference_model.model.metris import build_metris
+
+    config = parse("train", ["--preset", "metris_tiny", "--data.root", "x"]).model
+    stride = build_metris(config).image_encoder.strides[-1]
+    assert config.image_size // stride >= 6
+
+
+def test_overrides_win_over_files_and_files_over_defaults(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("model: {ratio: 0.4, num_heads: 4}\nbatch_size: 3\n")
+    config = parse("train", ["--model.ratio", "0.5", f"--config={file}", "--data.root", "x"])
+    assert (config.model.ratio, config.model.num_heads, config.batch_size) == (0.5, 4, 3)
+    assert config.epochs == TrainConfig.epochs
+
+
+def test_options_of_the_encoder_can_be_set_one_by_one():
+    arguments = ["--data.root", "x", "--model.image_encoder_options.drop_path_rate", "0.1"]
+    assert parse("train", arguments).model.image_encoder_options == {"drop_path_rate": 0.1}
+
+
+def test_config_written_by_a_run_reads_back_the_same(tmp_path):
+    config = parse("train", ["--preset", "metris_tiny", "--data.root", "x", "--model.image_weights", "w.pth"])
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    assert build(TrainConfig, read_yaml(tmp_path / "c.yaml", TrainConfig), source="c") == config
+
+
+def test_paper_settings_are_the_defaults():
+    config = TrainConfig(data=None)
+    assert (config.epochs, config.batch_size, config.learning_rate) == (40, 16, 3e-5)
+    model = ModelConfig()
+    assert (model.image_size, model.ratio, model.divide_by_count) == (480, 0.3, True)
+    assert model.aggregation_temperature == 1.0 and model.image_encoder.startswith(
+        "swin_base_patch4_window12"
+    )
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_explains_every_option(name, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse(name, ["--help"])
+    assert caught.value.code == 0
+    shown = "".join(capsys.readouterr().out.split())
+    module = importlib.import_module("reference_model." + COMMANDS[name][0].split(":")[0])
+    (config,) = (n for n in ast.parse(inspect.getsource(module)).body if isinstance(n, ast.ClassDef))
+    for field, follows in pairwise([*config.body, None]):
+        if isinstance(field, ast.AnnAssign) and "Config" not in ast.unparse(field.annotation):
+            assert isinstance(follows, ast.Expr), f"{field.target.id} has no docstring"
+            assert "".join(follows.value.value.split()) in shown
+
+
+def test_help_needs_no_torch():
+    probe = (
+        "import sys; from reference_model.cli import main\n"
+        "try: main(['train', '--help'])\n"
+        "except SystemExit: pass\n"
+        "print({'torch', 'transformers', 'timm'} & set(sys.modules))"
+    )
+    out = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert out.stdout.splitlines()[-1] == "set()"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["trian"], "unknown command trian, expected one of generate, train, evaluate, predict"),
+        (["train", "--model.raito", "0.3"], "unknown key model.raito, did you mean model.ratio?"),
+        (["train", "--preset", "metris_tinny"], "preset metris_tinny: unknown, did you mean metris_tiny?"),
+        (["train", "--data.root", "x", "--model.ratio", "much"], "model.ratio"),
+        (["train", "--data.root", "x", "--model.norm", "post"], "model.norm"),
+        (["train"], "data.root"),
+        (["train", "--config"], "--config needs a value"),
+        (["train", "--config", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
+        (["train", "--data.root", "nowhere", "--preset", "metris_tiny"], "nowhere"),
+        (["evaluate", "--checkpoint", "nowhere", "--data.root", "nowhere"], "nowhere"),
+        (["predict", "--checkpoint", "nowhere", "--image", "a.png", "--expression", "star"], "nowhere"),
+        (["generate", "--root", "new", "--size", "3"], "size must be a whole number in [32, 2048], got 3"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(arguments, says, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert says in refused(capsys, *arguments)
+    assert os.listdir(tmp_path) == []
+
+
+def test_unknown_key_in_a_file_names_file_key_and_nearest(tmp_path, capsys):
+    file = tmp_path / "mine.yaml"
+    file.write_text("model: {raito: 0.3}\n")
+    line = refused(capsys, "train", "--config", file, "--data.root", "x")
+    assert f"{file}: unknown key model.raito, did you mean model.ratio?" in line
+
+
+def test_ratio_in_per_cent_is_refused_with_the_hint(scenes, tmp_path, capsys):
+    arguments = (
+        "--preset",
+        "metris_tiny",
+        "--data.root",
+        scenes,
+        "--out",
+        tmp_path / "r",
+        "--model.ratio",
+        30,
+    )
+    assert "here 0.3" in refused(capsys, "train", *arguments)
+    assert not (tmp_path / "r").exists()
+
+
+def test_predict_from_the_command_line(run, scenes, tmp_path, capsys):
+    image = next((scenes / "images" / "train2014").glob("*.jpg"))
+    out = tmp_path / "mask.png"
+    arguments = ["--checkpoint", run, "--image", image, "--expression", "the red star", "--out", out]
+    assert main(["predict", *map(str, arguments)]) == 0
+    assert "the red star" in capsys.readouterr().out and out.is_file()
+    assert main(["predict", *map(str, arguments), "--expression", "left: [one", "--json"]) == 0
+    assert (tmp_path / "mask_2.png").is_file()
+    assert [entry["expression"] for entry in json.loads(capsys.readouterr().out)] == [
+        "the red star",
+        "left: [one",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("text.png", b"no image"), ("cut.png", None), ("empty.jpg", b"")],
+)
+def test_bad_images_are_refused_and_leave_nothing(run, scenes, tmp_path, capsys, name, content):
+    whole = next((scenes / "images" / "train2014").glob("*.jpg")).read_bytes()
+    (tmp_path / name).write_bytes(whole[: len(whole) // 2] if content is None else content)
+    out = tmp_path / "out" / "mask.png"
+    line = refused(
+        capsys,
+        "predict",
+        "--checkpoint",
+        run,
+        "--image",
+        tmp_path / name,
+        "--expression",
+        "star",
+        "--out",
+        out,
+    )
+    assert name in line and not out.parent.exists()
+
+
+def test_unwritable_output_is_refused(run, scenes, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    image = next((scenes / "images" / "train2014").glob("*.jpg"))
+    out = tmp_path / "file" / "mask.png"
+    line = refused(
+        capsys, "predict", "--checkpoint", run, "--image", image, "--expression", "star", "--out", out
+    )
+    assert "cannot be written" in line and (tmp_path / "file").read_text() == "mine"

@@ -1,0 +1,209 @@
+"""METRIS end to end: what a batch, its padding and its other images may not change."""
+
+import math
+
+import pytest
+import timm
+import torch
+from torch.nn import functional as F
+
+from reference_model.files import InputError
+from reference_model.model.image_encoder import ImageEncoder
+from reference_model.model.loss import MetrisLoss
+from reference_model.model.metris import METRIS, build_metris
+from reference_model.model.text_encoder import build_tokenizer, load_tokenizer
+
+
+def inputs(b=3, l=7, size=64, vocab=120):
+    images = torch.randn(b, 3, size, size)
+    token_ids = torch.randint(5, vocab, (b, l))
+    lengths = torch.randint(3, l + 1, (b,))
+    return images, token_ids, torch.arange(l) < lengths[:, None]
+
+
+@pytest.fixture
+def model(small) -> METRIS:
+    return build_metris(small).eval()
+
+
+def test_padding_a_sentence_further_changes_no_logit(model):
+    images, ids, mask = inputs()
+    longer_ids, longer_mask = F.pad(ids, (0, 6), value=99), F.pad(mask, (0, 6))
+    short, long = model(images, ids, mask), model(images, longer_ids, longer_mask)
+    torch.testing.assert_close(short.logits, long.logits, rtol=0, atol=1e-5)
+    assert short.dynamic_mask.equal(long.dynamic_mask[:, : ids.shape[1]])
+
+
+def test_words_behind_the_mask_have_no_influence(model):
+    images, ids, mask = inputs()
+    other = torch.where(mask, ids, torch.randint(5, 120, ids.shape))
+    torch.testing.assert_close(model(images, ids, mask).logits, model(images, other, mask).logits)
+
+
+def test_words_before_the_mask_have_influence(model):
+    images, ids, mask = inputs()
+    other = torch.where(mask, (ids + 1) % 120, ids)
+    difference = (model(images, ids, mask).logits - model(images, other, mask).logits).abs().amax(dim=(1, 2))
+    assert (difference > 1e-3).all()
+
+
+def test_batch_of_k_equals_k_batches_of_one(model):
+    images, ids, mask = inputs()
+    together = model(images, ids, mask).logits
+    alone = [model(images[i : i + 1], ids[i : i + 1], mask[i : i + 1]).logits for i in range(len(images))]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-5)
+
+
+def test_image_encoded_once_serves_many_sentences(model):
+    images, ids, mask = inputs(b=5)
+    index = torch.tensor([1, 0, 1, 1, 0])
+    shared = model(images[:2], ids, mask, index).logits
+    features = model.encode_image(images[:2])
+    torch.testing.assert_close(shared, model.refer(features.select(index), ids, mask).logits)
+    torch.testing.assert_close(shared, model(images[index], ids, mask).logits, rtol=0, atol=1e-5)
+
+
+def test_logits_have_the_resolution_of_the_image(model, small):
+    images, ids, mask = inputs(b=1)
+    output = model(images, ids, mask)
+    assert output.logits.shape[-2:] == images.shape[-2:]
+    assert math.prod(output.grid) == output.scores.shape[-1] == output.dynamic_mask.shape[-1]
+    assert output.dynamic_mask[0, 0].sum() == math.floor(small.ratio * math.prod(output.grid) + 0.5)
+
+
+def test_gradient_reaches_every_parameter_of_model_and_loss(model):
+    images, ids, mask = inputs()
+    model.train()
+    loss = MetrisLoss(contrastive_weight=0.1, temperature=0.07)
+    loss(model(images, ids, mask), (torch.rand(3, 64, 64) < 0.3).float()).total.backward()
+    named = [*model.named_parameters(), *loss.named_parameters()]
+    # Word vectors of ids that do not occur, and BERT's second segment, have nothing to learn here.
+    silent = [name for name, p in named if p.grad is None or not p.grad.abs().sum() > 0]
+    assert silent == []
+
+
+def test_loss_is_cross_entropy_plus_weighted_eq4(model):
+    images, ids, mask = inputs()
+    output = model(images, ids, mask)
+    target = (torch.rand(3, 64, 64) < 0.3).float()
+    losses = MetrisLoss(contrastive_weight=0.25, temperature=0.5)(output, target)
+    p = output.logits.double().sigmoid()
+    expected = -(target * p.log() + (1 - target) * (1 - p).log()).mean()
+    torch.testing.assert_close(losses.mask.double(), expected)
+    rows, columns = output.grid
+    cells = target.reshape(3, rows, 64 // rows, columns, 64 // columns).double().mean(dim=(2, 4)).flatten(1)
+    q = (output.scores[:, 0].double() / 0.5).sigmoid()
+    eq4 = -(cells * q.log() + (1 - cells) * (1 - q).log()).mean()
+    torch.testing.assert_close(losses.contrastive.double(), eq4)
+    torch.testing.assert_close(losses.total.double(), expected + 0.25 * eq4)
+
+
+def test_model_memorises_four_pairs(small):
+    images, ids, mask = inputs(b=4)
+    target = torch.zeros(4, 64, 64)
+    for i in range(4):  # one quarter of the picture each
+        target[i, 32 * (i // 2) : 32 * (i // 2) + 32, 32 * (i % 2) : 32 * (i % 2) + 32] = 1
+    model, loss = build_metris(small).train(), MetrisLoss(contrastive_weight=0.1, temperature=0.07)
+    optimiser = torch.optim.AdamW([*model.parameters(), *loss.parameters()], lr=3e-3)
+    for _ in range(120):
+        optimiser.zero_grad()
+        loss(model(images, ids, mask), target).total.backward()
+        optimiser.step()
+    predicted = model.eval()(images, ids, mask).logits > 0
+    union = (predicted | target.bool()).sum(dim=(1, 2))
+    assert ((predicted & target.bool()).sum(dim=(1, 2)) / union).min() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "options"),
+    [
+        ("convnext_atto", 64, {"depths": [1, 1, 1, 1], "dims": [8, 12, 16, 24]}),
+        ("resnet10t", 64, {"out_indices": [1, 2, 3, 4]}),
+        (
+            "swin_tiny_patch4_window7_224",
+            96,
+            {"embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "window_size": 4},
+        ),
+    ],
+)
+def test_image_encoder_gives_timms_maps_normalised_fine_to_coarse(name, size, options):
+    encoder = ImageEncoder(name, image_size=size, options=options).eval()
+    x = torch.randn(2, 3, size, size)
+    maps = encoder(x)
+    assert encoder.strides == sorted(encoder.strides)
+    for got, raw, c, stride in zip(maps, encoder.backbone(x), encoder.channels, encoder.strides):
+        assert got.shape == (2, c, size // stride, size // stride)
+        raw = raw.permute(0, 3, 1, 2) if raw.shape[-1] == c and raw.shape[1] != c else raw
+        raw = raw.double()
+        variance = raw.var(dim=1, unbiased=False, keepdim=True)
+        expected = (raw - raw.mean(dim=1, keepdim=True)) / (variance + 1e-5).sqrt()
+        torch.testing.assert_close(got.double(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_image_encoder_takes_a_local_weight_file(tmp_path):
+    options = {"depths": [1, 1, 1, 1], "dims": [8, 12, 16, 24]}
+    donor = timm.create_model("convnext_atto", **options)
+    torch.save(donor.state_dict(), tmp_path / "weights.pth")
+    encoder = ImageEncoder("convnext_atto", image_size=64, weights=tmp_path / "weights.pth", options=options)
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        deepest = donor.eval().forward_features(x)
+        ours = encoder.backbone.eval()(x)[-1]
+    # timm's ConvNeXt ends forward_features without a norm of its own: the same map.
+    torch.testing.assert_close(ours, deepest)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "says"),
+    [
+        ("swin_bse_patch4", {}, "image_encoder swin_bse_patch4"),
+        ("convnext_atto", {"depth": 3}, "depth"),
+    ],
+)
+def test_image_encoder_refuses_what_timm_cannot_build(name, options, says):
+    with pytest.raises(InputError, match=says) as caught:
+        ImageEncoder(name, image_size=64, options=options)
+    assert "\n" not in str(caught.value)
+
+
+SENTENCES = ["the red star", "leftmost blue circle", "the star left of the square"]
+
+
+def test_tokenizer_knows_its_words_and_spells_the_others():
+    tokenizer = build_tokenizer(SENTENCES)
+    assert tokenizer.tokenize("The red square") == ["the", "red", "square"]
+    assert tokenizer.tokenize("zebra, 7")[:2] == ["z", "##e"]
+    assert tokenizer.unk_token_id not in tokenizer("zebra: 7 starfish!")["input_ids"]
+    ids = tokenizer("the red star")["input_ids"]
+    assert (ids[0], ids[-1]) == (tokenizer.cls_token_id, tokenizer.sep_token_id) and len(ids) == 5
+
+
+def test_tokenizer_does_not_depend_on_the_order_of_sentences():
+    assert build_tokenizer(SENTENCES).get_vocab() == build_tokenizer(SENTENCES[::-1]).get_vocab()
+
+
+def test_tokenizer_is_the_same_after_saving(tmp_path):
+    tokenizer = build_tokenizer(SENTENCES)
+    tokenizer.save_pretrained(tmp_path)
+    sentence = "the LEFTMOST purple star"
+    assert load_tokenizer(tmp_path)(sentence)["input_ids"] == tokenizer(sentence)["input_ids"]
+
+
+@pytest.mark.slow
+def test_paper_model_runs_forward_and_backward_at_480():
+    from reference_model.configs import build, preset_file, read_yaml
+    from reference_model.training.config import TrainConfig
+
+    values = read_yaml(preset_file("metris_swin_b"), TrainConfig)
+    values["data"] = {"root": "unused"}
+    values["model"]["pretrained"] = False
+    config = build(TrainConfig, values, source="metris_swin_b").model
+    model = build_metris(config).train()
+    loss = MetrisLoss(contrastive_weight=0.1, temperature=0.07)
+    images, ids, mask = inputs(b=1, l=20, size=480, vocab=config.vocab_size)
+    output = model(images, ids, mask)
+    assert output.grid == (15, 15) and output.dynamic_mask[0, 0].sum() == 68
+    losses = loss(output, (torch.rand(1, 480, 480) < 0.1).float())
+    losses.total.backward()
+    assert losses.total.isfinite() and output.logits.shape == (1, 480, 480)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
