@@ -57,7 +57,9 @@ def assert_compiles_once(
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(function, fullgraph=True, backend=counter, dynamic=True)
-    parameters = list(function.parameters()) if isinstance(function, torch.nn.Module) else []
+    parameters = []
+    if isinstance(function, torch.nn.Module):
+        parameters = [p for p in function.parameters() if p.requires_grad]
     frames = []
     for args, kwargs in cases:
         leaves = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.requires_grad]

@@ -57,7 +57,7 @@ def number_curated(n_valid: int, ratio: float) -> int:
 
 
 def eq2_curate(scores: Tensor, ratio: float, visual_mask: Tensor | None = None) -> list[list[list[int]]]:
-    """(b, l, n) -> E[sample][word]: indices of the most relevant real tokens, lowest index first among equals."""
+    """(b, l, n) -> E[sample][word]: the most relevant real tokens; among equals the lowest index first."""
     b, l, n = scores.shape
     curated = []
     for i in range(b):
@@ -84,7 +84,7 @@ def eq3_dynamic_mask(curated: list[list[list[int]]], n: int) -> Tensor:
     return mask
 
 
-# ------------------------------------------- Eq. 4: -log σ(s/τ) on relevant pixels, -log(1 - σ(s/τ)) elsewhere
+# ------------------------------------ Eq. 4: -log σ(s/τ) on relevant pixels, -log(1 - σ(s/τ)) elsewhere
 
 
 def eq4_pixel_losses(scores: Tensor, target: Tensor, temperature: Tensor | float) -> Tensor:
@@ -136,7 +136,7 @@ def softmax_over(logits: Tensor, curated: list[int]) -> dict[int, Tensor]:
     """``softmax(logits + M)`` at the places where M is 0; elsewhere it is 0 and left out."""
     if not curated:
         return {}
-    highest = max(float(logits[k]) for k in curated)
+    highest = max(logits[k].item() for k in curated)
     powers = {k: torch.exp(logits[k] - highest) for k in curated}
     total = sum(powers.values())
     return {k: power / total for k, power in powers.items()}
@@ -165,7 +165,7 @@ def eq5_aggregate(
     return torch.stack(samples)
 
 
-# ------------------------------------------------------------------ Eq. 6-7: attention, MLP, and both in a layer
+# ------------------------------------------------------------ Eq. 6-7: attention, MLP, and both in a layer
 
 
 def attention(

@@ -1,4 +1,4 @@
-"""What hypothesis draws for these tests: small sizes, masks with empty rows, paddings, scores full of ties."""
+"""What hypothesis draws for these tests: small sizes, masks with empty rows, paddings, scores that tie."""
 
 import torch
 from hypothesis import strategies as st

@@ -55,7 +55,7 @@ def test_hard_masks_of_any_dtype_are_one_mask(dtype, size):
     scores = normal(1, 2, rows * columns).tanh()
     loss, expected = (block()(scores, m) for m in (mask.to(dtype), mask))
     # Sums over a cell of 1024 pixels are exact in float32; only its mean is rounded there.
-    assert abs(float(loss - expected)) < torch.finfo(torch.float32).eps
+    assert (loss - expected).detach().abs() < torch.finfo(torch.float32).eps
 
 
 def test_target_is_read_row_by_row():
@@ -151,5 +151,7 @@ def test_refuses_wrong_shapes_and_masks():
         ValueError, match="PixelContrastiveLoss: visual_mask 'b n' has n=8, but scores has n=9"
     ):
         block()(scores, mask, visual_mask=torch.ones(2, 8, dtype=torch.bool))
-    with pytest.raises(TypeError, match="PixelContrastiveLoss: visual_mask must be bool .*, got torch.uint8"):
+    with pytest.raises(
+        TypeError, match=r"PixelContrastiveLoss: visual_mask must be bool .*, got torch.uint8"
+    ):
         block()(scores, mask, visual_mask=torch.ones(2, 9, dtype=torch.uint8))

@@ -82,7 +82,7 @@ def test_gradient_reaches_every_parameter():
 
 
 def test_one_curated_token_leaves_nothing_to_choose():
-    # The softmax of one logit is 1 whatever the logit: queries, keys and the norm before them get no gradient.
+    # The softmax of one logit is 1 whatever the logit: queries, keys, the norm before them get no gradient.
     refinement = block()
     aggregated, visual = inputs(0, 2, 3, 7)
     refinement(aggregated, visual, torch.arange(7).expand(2, 3, 7) == 2).square().sum().backward()

@@ -1,0 +1,27 @@
+"""The README's examples run as printed, and its commands exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from reference_model.cli import COMMANDS
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("code", EXAMPLES, ids=["blocks", "model"])
+def test_example_runs_and_is_short(code):
+    assert len([line for line in code.splitlines() if line.strip()]) <= 12
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_make_commands_of_the_readme_exist():
+    targets = re.findall(r"^([a-z-]+):", (Path(__file__).parents[1] / "Makefile").read_text(), re.MULTILINE)
+    used = re.findall(r"^make ([a-z-]+)", README, re.MULTILINE)
+    assert used and set(used) <= set(targets)
+
+
+def test_every_metris_command_is_shown():
+    assert set(re.findall(r"^metris (\w+) ", README, re.MULTILINE)) == set(COMMANDS)
