@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -16,6 +17,8 @@ class ImageEncoder(nn.Module):
     Args:
         name: timm model, such as "swin_base_patch4_window12_384.ms_in22k".
         image_size: Side of the input in pixels; encoders with fixed windows are built for it.
+        coordinates: Add a learned linear map of a cell's (x, y) in [-1, 1] to each map, so that "left" can be
+            seen; without it position is known from the borders alone.
         pretrained: Fetch timm's weights for ``name``.
         weights: Local weight file, instead of fetching.
         options: Further keyword arguments for `timm.create_model`.
@@ -29,6 +32,7 @@ class ImageEncoder(nn.Module):
         name: str,
         *,
         image_size: int,
+        coordinates: bool = False,
         pretrained: bool = False,
         weights: Path | None = None,
         options: dict[str, Any] | None = None,
@@ -53,10 +57,21 @@ class ImageEncoder(nn.Module):
         self.channels_last = getattr(self.backbone, "output_fmt", "NCHW") == "NHWC"
         # timm's feature maps come unnormalised; LAVT and transformers' SwinBackbone add a norm per stage too.
         self.norms = nn.ModuleList(nn.LayerNorm(c) for c in self.channels)
+        self.coordinates = nn.ModuleList(nn.Linear(2, c) for c in self.channels if coordinates)
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """(b, 3, h, w), ImageNet-normalised -> maps (b, c_i, h_i, w_i), fine to coarse."""
         maps = self.backbone(image)
         if not self.channels_last:
             maps = [rearrange(x, "b c h w -> b h w c") for x in maps]
-        return [rearrange(norm(x), "b h w c -> b c h w") for norm, x in zip(self.norms, maps, strict=True)]
+        maps = [norm(x) for norm, x in zip(self.norms, maps, strict=True)]
+        if self.coordinates:
+            maps = [x + place(_cell_centres(x)) for place, x in zip(self.coordinates, maps, strict=True)]
+        return [rearrange(x, "b h w c -> b c h w") for x in maps]
+
+
+def _cell_centres(x: Tensor) -> Tensor:
+    """(b, h, w, c) map -> (h, w, 2) coordinates (x, y) of its cells, -1 left and top, 1 right and bottom."""
+    h, w = x.shape[1:3]
+    rows, columns = ((2 * torch.arange(size, device=x.device) + 1) / size - 1 for size in (h, w))
+    return torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1).to(x.dtype)

@@ -88,7 +88,7 @@ class MaskDecoder(nn.Module):
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
-        self.inlet = nn.Conv2d(channels[-1], dim, 1)
+        self.inlet = nn.Linear(channels[-1], dim)
         self.stages = nn.ModuleList(
             GuidedStage(
                 dim,
@@ -102,15 +102,16 @@ class MaskDecoder(nn.Module):
             for _ in channels
         )
         self.fusions = nn.ModuleList(Fusion(c, dim) for c in reversed(channels[:-1]))
-        self.head = nn.Conv2d(dim, 1, 1)
+        self.head = nn.Linear(dim, 1)
 
     def forward(
         self, maps: Sequence[Tensor], guidance: Tensor, guidance_mask: Tensor | None = None
     ) -> Tensor:
         """Maps (b, c_i, h_i, w_i) fine to coarse, (b, g, d), (b, g) bool -> logits (b, h_1, w_1)."""
-        x = self.stages[0](self.inlet(maps[-1]), guidance, guidance_mask)
+        x = self.inlet(rearrange(maps[-1], "b c h w -> b h w c"))
+        x = self.stages[0](rearrange(x, "b h w d -> b d h w"), guidance, guidance_mask)
         finer = reversed(maps[:-1])
         for encoded, fuse, stage in zip(finer, self.fusions, self.stages[1:], strict=True):
             x = F.interpolate(x, encoded.shape[-2:], mode="bilinear", align_corners=False)
             x = stage(fuse(torch.cat([x, encoded], dim=1)), guidance, guidance_mask)
-        return rearrange(self.head(x), "b 1 h w -> b h w")
+        return self.head(rearrange(x, "b d h w -> b h w d"))[..., 0]

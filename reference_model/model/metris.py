@@ -121,6 +121,7 @@ def _built(config: ModelConfig) -> METRIS:
     image_encoder = ImageEncoder(
         config.image_encoder,
         image_size=config.image_size,
+        coordinates=config.coordinates,
         pretrained=config.pretrained,
         weights=config.image_weights,
         options=config.image_encoder_options,

@@ -63,7 +63,7 @@ def train(config: TrainConfig) -> Path:
     steps = config.steps or config.epochs * len(sampler)
 
     # Model, loss, optimiser
-    model = build_metris(model_config).to(device).train()
+    model = build_metris(model_config).to(device, memory_format=torch.channels_last).train()
     loss = MetrisLoss(
         contrastive_weight=config.contrastive_weight, temperature=config.contrastive_temperature
     ).to(device)

@@ -1,6 +1,7 @@
 """METRIS end to end: what a batch, its padding and its other images may not change."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import timm
@@ -207,3 +208,19 @@ def test_paper_model_runs_forward_and_backward_at_480():
     losses.total.backward()
     assert losses.total.isfinite() and output.logits.shape == (1, 480, 480)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_coordinates_tell_left_from_right(small):
+    uniform = torch.zeros(1, 3, 64, 64)
+    encoder = build_metris(replace(small, coordinates=True)).image_encoder.eval()
+    for with_place, place, plain in zip(encoder(uniform), encoder.coordinates, encoder.backbone(uniform)):
+        h, w = plain.shape[-2:]
+        added = (with_place - build_plain(encoder, plain)).detach()
+        for row, column in ((0, 0), (h - 1, 0), (0, w - 1), (h // 2, w // 2)):
+            centre = torch.tensor([(2 * column + 1) / w - 1, (2 * row + 1) / h - 1])
+            torch.testing.assert_close(added[0, :, row, column], place(centre).detach(), rtol=1e-4, atol=1e-5)
+
+
+def build_plain(encoder, raw):
+    norm = encoder.norms[encoder.channels.index(raw.shape[1])]
+    return norm(raw.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

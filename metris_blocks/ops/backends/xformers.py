@@ -1,8 +1,175 @@
-"""Place of the xformers kernels; this version has none, and says so where they are asked for."""
+"""xformers' memory-efficient attention, with the dynamic mask as a tensor bias, on NVIDIA GPUs."""
 
+import ctypes
+import functools
+import math
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+# Width of a head must fill whole vectors of the kernel.
+_HEAD_MULTIPLE = {torch.float16: 8, torch.bfloat16: 8, torch.float32: 4}
+_BIAS_ALIGNMENT = 8
+_OLDEST, _NEWEST = (5, 0), (9, 0)
 
 
 def reasons(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> list[str]:
     """Say why this backend cannot run these inputs."""
-    return ["this version of metris_blocks has no xformers kernel"]
+    why = []
+    if query.device.type != "cuda":
+        why.append(f"device={query.device.type} (needs cuda)")
+    elif not _OLDEST <= (capability := torch.cuda.get_device_capability(query.device)) <= _NEWEST:
+        why.append(
+            f"compute capability {capability[0]}.{capability[1]} (its kernel with a tensor bias needs 5.0 to 9.0)"
+        )
+    width = query.shape[-1]
+    if query.dtype not in _HEAD_MULTIPLE:
+        why.append(f"dtype={query.dtype} (needs float16, bfloat16 or float32)")
+    elif width % _HEAD_MULTIPLE[query.dtype]:
+        why.append(f"head_dim={width} is not a multiple of {_HEAD_MULTIPLE[query.dtype]}")
+    if missing := _missing(query.device.type == "cuda"):
+        why.append(missing)
+    return why
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """(b, l, heads, e), (b, n, heads, e), (b, n, heads, e), (b, l, n) bool -> (b, l, heads, e)."""
+    out: Tensor = _forward(query, key, value, mask, scale)[0]
+    return out
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _missing(load: bool) -> str:
+    """Name what keeps xformers from running, or "" where nothing does; load its kernels only if asked."""
+    if find_spec("xformers") is None:
+        return "xformers is not installed (pip install 'metris-blocks[xformers]')"
+    if not load:
+        return ""
+    try:
+        common = _fmha().common
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        return f"xformers cannot be imported ({' '.join(str(error).split())})"
+    if not common._built_with_cuda:
+        return (
+            "the CUDA library of xformers cannot be loaded (its wheel needs libcudart.so.12: "
+            "pip install nvidia-cuda-runtime-cu12)"
+        )
+    return ""
+
+
+@functools.cache
+def _fmha() -> ModuleType:
+    """Import xformers' kernels, after the CUDA 12 runtime that its wheel is linked to.
+
+    torch 2.11 and later ship CUDA 13, so nothing else brings libcudart.so.12 into the process, and without it
+    xformers refuses every operator.
+    """
+    spec = find_spec("nvidia.cuda_runtime") if find_spec("nvidia") is not None else None
+    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
+        library = Path(folder) / "lib" / "libcudart.so.12"
+        if library.is_file():
+            ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    return import_module("xformers.ops.fmha")
+
+
+def _bias(mask: Tensor | None, query: Tensor) -> Tensor | None:
+    """(b, l, n) bool -> (b, heads, l, n) of 0 and -inf in the query's dtype, its rows aligned in memory."""
+    if mask is None:
+        return None
+    n = mask.shape[-1]
+    bias = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(~mask, -math.inf)
+    # Pad, slice, expand, and nothing after: any later op would lose the aligned stride.
+    bias = F.pad(bias, (0, -n % _BIAS_ALIGNMENT))[..., :n]
+    return bias[:, None].expand(-1, query.shape[2], -1, -1)
+
+
+# One opaque op each way: traced, xformers' own autograd mixes devices, and its check of the bias' type refuses
+# the tensors that torch.export traces with.
+@torch.library.custom_op("metris_blocks::xformers_attention", mutates_args=())
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    fmha = _fmha()
+    out, logsumexp = fmha.memory_efficient_attention_forward_requires_grad(
+        query.contiguous(),
+        key.contiguous(),
+        value.contiguous(),
+        attn_bias=_bias(mask, query),
+        scale=scale,
+        # Named, so that training and inference run one kernel.
+        op=fmha.cutlass.FwOp,
+    )
+    return out.contiguous(), logsumexp[..., : query.shape[1]].contiguous()
+
+
+@_forward.register_fake
+def _forward_shapes(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    b, l, heads, _ = query.shape
+    return query.new_empty(query.shape), query.new_empty((b, heads, l), dtype=torch.float32)
+
+
+@torch.library.custom_op("metris_blocks::xformers_attention_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    fmha = _fmha()
+    grads = fmha.memory_efficient_attention_backward(
+        grad.contiguous(),
+        out,
+        logsumexp,
+        query.contiguous(),
+        key.contiguous(),
+        value.contiguous(),
+        attn_bias=_bias(mask, query),
+        scale=scale,
+        op=fmha.cutlass.BwOp,
+    )
+    query_grad, key_grad, value_grad = (x.contiguous() for x in grads)
+    return query_grad, key_grad, value_grad
+
+
+@_backward.register_fake
+def _backward_shapes(
+    grad: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+_Context = torch.autograd.function.FunctionCtx
+
+
+def _save(ctx: _Context, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None, float], output: tuple) -> None:
+    query, key, value, mask, scale = inputs
+    ctx.save_for_backward(*output, query, key, value, mask)
+    ctx.scale = scale
+
+
+def _differentiate(
+    ctx: _Context, grad: Tensor, logsumexp_grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    return *_backward(grad, *ctx.saved_tensors, ctx.scale), None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
