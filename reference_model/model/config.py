@@ -16,7 +16,7 @@ class ModelConfig:
     image_size: int = 480
     """Side of the square that images are resized to, in pixels."""
     coordinates: bool = False
-    """Add a learned linear map of position to each feature map, akin to CRIS's CoordConv; the paper names none."""
+    """Add a learned map of position to each feature map, akin to CRIS's CoordConv; the paper names none."""
     text_encoder: str = "bert-base-uncased"
     """Name or local folder of a BERT; read only where pretrained or text_weights ask for it."""
     text_encoder_options: dict[str, Any] = field(default_factory=dict)

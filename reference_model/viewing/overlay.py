@@ -1,4 +1,4 @@
-"""Pictures of masks: the image with the mask in colour, its outline, and the sentence below."""
+"""Pictures of masks: the masked part of an image stands out, with the sentence below."""
 
 from collections.abc import Sequence
 
@@ -7,6 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 # Colour-blind-safe (Okabe-Ito): truth and prediction differ in lightness too.
 TRUTH, PREDICTION = (230, 159, 0), (0, 114, 178)
+_DIMMED = 0.45
 _SMALLEST_SIDE = 320
 _LARGEST_SIDE = 2048
 
@@ -14,13 +15,24 @@ _LARGEST_SIDE = 2048
 def overlay(
     image: Image.Image, mask: np.ndarray, *, colour: tuple[int, int, int] = PREDICTION
 ) -> Image.Image:
-    """Tint the mask of an RGB image and draw its outline. Image and (h, w) bool mask have one size."""
-    pixels = np.asarray(image, dtype=np.float32)
-    tinted = np.where(mask[..., None], 0.5 * pixels + 0.5 * np.array(colour, dtype=np.float32), pixels)
-    padded = np.pad(mask, 1)
-    inside = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-    tinted[mask & ~inside] = colour
-    return Image.fromarray(tinted.round().astype(np.uint8))
+    """Show the mask of an RGB image: its inside as it is, outlined, the rest grey and dim.
+
+    So the mark cannot be taken for an object's colour. Image and (h, w) bool mask have one size.
+    """
+    pixels = np.asarray(image)
+    dim = np.asarray(image.convert("L"), dtype=np.float32)[..., None] * _DIMMED
+    shown = np.where(mask[..., None], pixels, dim.round().astype(np.uint8))
+    shown[_outline(mask, width=max(1, min(mask.shape) // 160))] = colour
+    return Image.fromarray(shown)
+
+
+def _outline(mask: np.ndarray, *, width: int) -> np.ndarray:
+    """Mark the pixels of the mask within ``width`` of its border; the picture's own border is none."""
+    inside = mask
+    for _ in range(width):
+        padded = np.pad(inside, 1, mode="edge")
+        inside = inside & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    return mask & ~inside
 
 
 def captioned(panels: Sequence[tuple[Image.Image, str]], caption: str) -> Image.Image:

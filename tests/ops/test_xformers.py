@@ -1,7 +1,7 @@
 """The xformers backend where there is no GPU: its dispatch, its bias, and the wiring of its custom op.
 
-The kernel is replaced by float64 loops' worth of plain PyTorch behind xformers' own interface, so everything but
-the kernel itself runs. `pytest -m cuda` runs the kernel (tests/ops/test_attention.py, backend xformers).
+Plain PyTorch stands in for the kernel behind xformers' own interface, so all but the kernel itself runs.
+`pytest -m cuda` runs the kernel (tests/ops/test_attention.py, backend xformers).
 """
 
 import math
@@ -21,12 +21,11 @@ def inputs(b=2, l=3, n=7, heads=2, e=8, dtype=torch.float32):
     return draw(l), draw(n), draw(n), mask
 
 
-def attention(query, key, value, bias, scale):
-    """softmax(q k^T scale + bias) v as xformers defines it, an all -inf row giving zeros; and its logsumexp."""
+def weigh(query, key, bias, scale):
+    """softmax(q k^T scale + bias) as xformers defines it, zeros for a row of -inf; and its logsumexp."""
     logits = torch.einsum("blhe,bnhe->bhln", query, key) * scale
     logits = logits if bias is None else logits + bias
-    weights = torch.nan_to_num(logits.softmax(-1), nan=0.0)
-    return torch.einsum("bhln,bnhe->blhe", weights, value), torch.logsumexp(logits, -1)
+    return torch.nan_to_num(logits.softmax(-1), nan=0.0), torch.logsumexp(logits, -1)
 
 
 @pytest.fixture
@@ -44,16 +43,20 @@ def kernel(monkeypatch):
 
     def forward(query, key, value, attn_bias, scale, op):
         check(query, attn_bias)
-        out, logsumexp = attention(query, key, value, attn_bias, scale)
+        weights, logsumexp = weigh(query, key, attn_bias, scale)
+        out = torch.einsum("bhln,bnhe->blhe", weights, value)
         # The real kernel pads the rows of the logsumexp to 32.
         return out, torch.nn.functional.pad(logsumexp.float(), (0, -query.shape[1] % 32))
 
     def backward(grad, out, lse, query, key, value, attn_bias, scale, op):
         check(query, attn_bias)
         assert lse.shape == (query.shape[0], query.shape[2], query.shape[1])
-        with torch.enable_grad():
-            leaves = [x.detach().requires_grad_() for x in (query, key, value)]
-            return torch.autograd.grad(attention(*leaves, attn_bias, scale)[0], leaves, grad)
+        weights, _ = weigh(query, key, attn_bias, scale)
+        value_grad = torch.einsum("bhln,blhe->bnhe", weights, grad)
+        weight_grad = torch.einsum("blhe,bnhe->bhln", grad, value)
+        logit_grad = scale * weights * (weight_grad - (weight_grad * weights).sum(-1, keepdim=True))
+        query_grad = torch.einsum("bhln,bnhe->blhe", logit_grad, key)
+        return query_grad, torch.einsum("bhln,blhe->bnhe", logit_grad, query), value_grad
 
     fake = SimpleNamespace(
         memory_efficient_attention_forward_requires_grad=forward,

@@ -65,12 +65,16 @@ def test_lower_threshold_gives_a_larger_mask(run, photo):
     assert all((larger | smaller == larger).all() for smaller, larger in pairwise(masks))
 
 
-def test_overlay_changes_the_mask_alone():
-    image = Image.new("RGB", (6, 5), (200, 200, 200))
-    mask = np.zeros((5, 6), dtype=bool)
-    mask[1:4, 2:5] = True
-    changed = (np.asarray(overlay(image, mask)) != 200).any(axis=-1)
-    assert np.array_equal(changed, mask)
+def test_overlay_keeps_the_inside_outlines_it_and_dims_the_rest():
+    image = Image.new("RGB", (8, 7), (200, 100, 50))
+    mask = np.zeros((7, 8), dtype=bool)
+    mask[1:6, 2:7] = True
+    shown = np.asarray(overlay(image, mask, colour=(1, 2, 3))).astype(int)
+    inner = np.zeros_like(mask)
+    inner[2:5, 3:6] = True
+    assert (shown[inner] == (200, 100, 50)).all()
+    assert (shown[mask & ~inner] == (1, 2, 3)).all()
+    assert (np.ptp(shown[~mask], axis=-1) == 0).all() and (shown[~mask] < 100).all()
 
 
 def test_pictures_of_samples_show_their_iou(run, scenes, tmp_path, capsys):

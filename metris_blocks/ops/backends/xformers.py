@@ -7,6 +7,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,15 +25,14 @@ def reasons(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> l
     if query.device.type != "cuda":
         why.append(f"device={query.device.type} (needs cuda)")
     elif not _OLDEST <= (capability := torch.cuda.get_device_capability(query.device)) <= _NEWEST:
-        why.append(
-            f"compute capability {capability[0]}.{capability[1]} (its kernel with a tensor bias needs 5.0 to 9.0)"
-        )
+        why.append(f"compute capability {capability[0]}.{capability[1]} (a tensor bias needs 5.0 to 9.0)")
     width = query.shape[-1]
     if query.dtype not in _HEAD_MULTIPLE:
         why.append(f"dtype={query.dtype} (needs float16, bfloat16 or float32)")
     elif width % _HEAD_MULTIPLE[query.dtype]:
         why.append(f"head_dim={width} is not a multiple of {_HEAD_MULTIPLE[query.dtype]}")
-    if missing := _missing(query.device.type == "cuda"):
+    # Traced code cannot look for a package; the op itself does when it first runs.
+    if not torch.compiler.is_compiling() and (missing := _missing(query.device.type == "cuda")):
         why.append(missing)
     return why
 
@@ -43,7 +43,6 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
     return out
 
 
-@torch.compiler.assume_constant_result
 @functools.cache
 def _missing(load: bool) -> str:
     """Name what keeps xformers from running, or "" where nothing does; load its kernels only if asked."""
@@ -89,8 +88,8 @@ def _bias(mask: Tensor | None, query: Tensor) -> Tensor | None:
     return bias[:, None].expand(-1, query.shape[2], -1, -1)
 
 
-# One opaque op each way: traced, xformers' own autograd mixes devices, and its check of the bias' type refuses
-# the tensors that torch.export traces with.
+# One opaque op each way: traced, xformers' own autograd mixes devices, and its check of the type of a bias
+# refuses the tensors that torch.export traces with.
 @torch.library.custom_op("metris_blocks::xformers_attention", mutates_args=())
 def _forward(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
@@ -157,18 +156,12 @@ def _backward_shapes(
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
-_Context = torch.autograd.function.FunctionCtx
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*output, *tensors)
 
 
-def _save(ctx: _Context, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None, float], output: tuple) -> None:
-    query, key, value, mask, scale = inputs
-    ctx.save_for_backward(*output, query, key, value, mask)
-    ctx.scale = scale
-
-
-def _differentiate(
-    ctx: _Context, grad: Tensor, logsumexp_grad: Tensor
-) -> tuple[Tensor, Tensor, Tensor, None, None]:
+def _differentiate(ctx: Any, grad: Tensor, logsumexp_grad: Tensor) -> tuple[Tensor | None, ...]:
     return *_backward(grad, *ctx.saved_tensors, ctx.scale), None, None
 
 
