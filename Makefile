@@ -16,6 +16,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 # A data set in RefCOCO's format, a small METRIS trained on it, its scores, its masks on unseen pictures.
 demo: $(VENV)/.ready
 	$(BIN)/metris generate --root $(DEMO)/data --scenes easy --size 96 --train 3000 --val 120 --test 100 --workers 2
+	rm -rf $(DEMO)/run
 	$(BIN)/metris train --preset metris_tiny --data.root $(DEMO)/data --out $(DEMO)/run
 	$(BIN)/metris evaluate --checkpoint $(DEMO)/run --data.root $(DEMO)/data --splits val,testA,testB --baselines
 	$(BIN)/metris predict --checkpoint $(DEMO)/run --data.root $(DEMO)/data --split testA --count 4 --out $(DEMO)/pictures
@@ -23,7 +24,7 @@ demo: $(VENV)/.ready
 	@echo "checkpoint: $(DEMO)/run   metrics: $(DEMO)/run/metrics.json   pictures: $(DEMO)/pictures"
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4
 
 test-slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -m slow

@@ -18,7 +18,7 @@ from reference_model.data.collate import Batch, Collate, ReferringDataset
 from reference_model.data.records import Record
 from reference_model.data.refer import Refer
 from reference_model.files import InputError
-from reference_model.model.checkpoint import pick_device, save_weights, start_checkpoint
+from reference_model.model.checkpoint import WEIGHTS, pick_device, save_weights, start_checkpoint
 from reference_model.model.config import ModelConfig
 from reference_model.model.loss import MetrisLoss
 from reference_model.model.metris import build_metris
@@ -36,6 +36,10 @@ def train(config: TrainConfig) -> Path:
         InputError: The config, the data or the place to write cannot be used.
     """
     _check_ranges(config)
+    if (config.out / WEIGHTS).exists():
+        raise InputError(
+            f"{config.out}: holds the weights of a run already; choose another --out or remove it"
+        )
     device = pick_device(config.device)
     torch.manual_seed(config.seed)
 

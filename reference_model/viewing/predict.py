@@ -75,7 +75,7 @@ def _of_image(config: PredictConfig, checkpoint: Checkpoint) -> list[dict]:
         mask_file = config.out.with_name(f"{stem}.png")
         overlay_file = config.out.with_name(f"{stem}_overlay.png")
         _save(Image.fromarray(mask.astype(np.uint8) * 255), mask_file)
-        _save(captioned([(overlay(image, mask), "prediction")], expression), overlay_file)
+        _save(captioned([(image, "image"), (overlay(image, mask), "prediction")], expression), overlay_file)
         share = round(float(mask.mean()), 4)
         entries.append(
             {"expression": expression, "mask": str(mask_file), "overlay": str(overlay_file), "area": share}
@@ -97,6 +97,7 @@ def _of_samples(config: PredictConfig, checkpoint: Checkpoint) -> list[dict]:
         (mask,) = predict_masks(checkpoint, image, [record.expression], threshold=config.threshold)
         iou = SegmentationMetrics().update(mask, truth)
         panels = [
+            (image, "image"),
             (overlay(image, truth, colour=TRUTH), "truth"),
             (overlay(image, mask), f"prediction, IoU {iou:.2f}"),
         ]

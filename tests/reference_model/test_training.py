@@ -116,6 +116,13 @@ def test_nonsense_is_refused_before_anything_is_written(another, changes, says):
     assert not config.out.exists()
 
 
+def test_finished_run_is_not_overwritten(run, run_config):
+    before = (run / "model.safetensors").read_bytes()
+    with pytest.raises(InputError, match="holds the weights of a run already"):
+        train(run_config)
+    assert (run / "model.safetensors").read_bytes() == before
+
+
 def test_loss_that_is_not_finite_stops_the_run(another):
     with pytest.raises(InputError, match=r"step \d+: loss is (nan|inf).*lower learning_rate"):
         train(another(learning_rate=1e30, steps=20))

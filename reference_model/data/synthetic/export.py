@@ -76,6 +76,9 @@ def generate(config: GenerateConfig) -> Path:
         _write_json(root / "refcoco" / "instances.json", _instances(config, jobs, annotations))
         _write_json(root / "scenes.json", scenes)
         _write_json(root / "generated.json", _settings(config))
+    print(
+        f"data: {config.root} ({len(jobs)} pictures, {sum(len(ref['sent_ids']) for ref in refs)} sentences)"
+    )
     return config.root
 
 
