@@ -1,0 +1,80 @@
+"""How much faster is the extractor than the paper's equations, written out? Ratios of interleaved runs.
+
+    python -m benchmarks.ratios            # the paper's sizes: b=8, l=21, n=225, c=1024, d=768, r=0.3
+
+Each round runs every way once, in turn, and gives a ratio of ours over theirs: machines are
+noisy, a median of ratios is not. Nothing is timed before all ways agree.
+"""
+
+import argparse
+import json
+import statistics
+import time
+
+import torch
+
+from benchmarks.baselines import literal_extractor, sdpa_extractor
+from metris_blocks import VisualExpressionExtractor
+
+
+def measure(
+    b: int, l: int, n: int, c: int, d: int, *, rounds: int, threads: int
+) -> dict[str, dict[str, float]]:
+    """Give {mode: {"ours ms": ..., "ours / literal": ..., "ours / sdpa": ...}}, medians over the rounds."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    extractor = VisualExpressionExtractor(c, d, d)
+    visual, language = torch.randn(b, n, c), torch.randn(b, l, d)
+    ways = {
+        "ours": lambda visual, language: extractor(visual, language).tokens,
+        "literal": lambda visual, language: literal_extractor(extractor, visual, language),
+        "sdpa": lambda visual, language: sdpa_extractor(extractor, visual, language),
+    }
+    reference = ways["literal"](visual, language)
+    for name, way in ways.items():
+        torch.testing.assert_close(
+            way(visual, language), reference, rtol=1e-3, atol=1e-4, msg=f"{name} is wrong"
+        )
+
+    parameters = list(extractor.parameters())
+    inputs = [x.clone().requires_grad_() for x in (visual, language)]
+
+    def forward(way):
+        with torch.inference_mode():
+            way(visual, language)
+
+    def forward_backward(way):
+        torch.autograd.grad(way(*inputs).sum(), [*parameters, *inputs])
+
+    report = {}
+    for mode in (forward, forward_backward):
+        times = {name: [] for name in ways}
+        for _ in range(rounds + 1):  # the first round warms up
+            for name, way in ways.items():
+                start = time.perf_counter()
+                mode(way)
+                times[name].append(time.perf_counter() - start)
+        report[mode.__name__] = {
+            "ours ms": 1000 * statistics.median(times["ours"][1:]),
+            **{
+                f"ours / {name}": statistics.median(
+                    ours / theirs for ours, theirs in zip(times["ours"][1:], times[name][1:], strict=True)
+                )
+                for name in ("literal", "sdpa")
+            },
+        }
+    return report
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--b", type=int, default=8, help="samples")
+    parser.add_argument("--l", type=int, default=21, help="expression tokens")
+    parser.add_argument("--n", type=int, default=225, help="visual tokens")
+    parser.add_argument("--c", type=int, default=1024, help="visual channels")
+    parser.add_argument("--d", type=int, default=768, help="language and guidance channels")
+    parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    print(json.dumps(measure(**vars(parser.parse_args())), indent=2))
