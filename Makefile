@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
 
-.PHONY: demo test test-slow check bench bench-gpu clean
+.PHONY: demo test test-slow check bench clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("metris-blocks needs Python >= 3.11, found " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
@@ -16,7 +16,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 # A data set in RefCOCO's format, a small METRIS trained on it, its scores, its masks on unseen pictures.
 demo: $(VENV)/.ready
 	$(BIN)/metris generate --root $(DEMO)/data --scenes easy --size 96 --train 3000 --val 120 --test 100 --workers 2
-	rm -rf $(DEMO)/run
+	rm -rf "$(or $(DEMO),demo)/run"
 	$(BIN)/metris train --preset metris_tiny --data.root $(DEMO)/data --out $(DEMO)/run
 	$(BIN)/metris evaluate --checkpoint $(DEMO)/run --data.root $(DEMO)/data --splits val,testA,testB --baselines
 	$(BIN)/metris predict --checkpoint $(DEMO)/run --data.root $(DEMO)/data --split testA --count 4 --out $(DEMO)/pictures
@@ -36,8 +36,6 @@ check: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' -o python_functions='bench_*' -o addopts= --benchmark-only
-
-bench-gpu: bench
 
 clean:
 	rm -rf $(VENV) $(DEMO) build dist

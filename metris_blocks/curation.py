@@ -27,7 +27,7 @@ class RelevanceCuration(nn.Module):
         ratio: r, share of the visual tokens kept per expression token, in (0, 1].
 
     Raises:
-        ValueError: ``ratio`` is outside (0, 1].
+        ValueError: ``ratio`` is outside (0, 1], or ``joint_dim`` below 1.
     """
 
     def __init__(
@@ -35,6 +35,8 @@ class RelevanceCuration(nn.Module):
     ) -> None:
         super().__init__()
         check_ratio("RelevanceCuration", ratio)
+        if joint_dim < 1:
+            raise ValueError(f"RelevanceCuration: joint_dim must be >= 1, got {joint_dim}")
         self.ratio = ratio
         self.visual_proj = nn.Linear(visual_dim, joint_dim)
         self.language_proj = nn.Linear(language_dim, joint_dim)

@@ -35,7 +35,7 @@ class MultiHeadAttention(nn.Module):
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
-        if dim % num_heads:
+        if num_heads < 1 or dim < 1 or dim % num_heads:
             raise ValueError(f"MultiHeadAttention: dim={dim} is not a multiple of num_heads={num_heads}")
         self.num_heads = num_heads
         self.backend: Backend = backend
@@ -63,6 +63,8 @@ class MultiHeadAttention(nn.Module):
         if mask is not None:
             # Before the projections too: their weight gradients multiply zeros by what the tokens hold.
             (context,) = zero_unless_any(mask, context)
+            if mask.ndim == 3:
+                (x,) = zero_unless_any(mask.mT, x)
         query, key, value = (
             rearrange(proj(tokens), "b s (heads e) -> b s heads e", heads=self.num_heads)
             for proj, tokens in ((self.q_proj, x), (self.k_proj, context), (self.v_proj, context))
@@ -95,6 +97,8 @@ class FeedForward(nn.Sequential):
 
     def __init__(self, dim: int, *, mlp_ratio: float = 4.0, dropout: float = 0.0) -> None:
         hidden = int(dim * mlp_ratio)
+        if hidden < 1:
+            raise ValueError(f"FeedForward: mlp_ratio={mlp_ratio:g} leaves no channel of dim={dim}")
         super().__init__(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim), nn.Dropout(dropout))
 
 

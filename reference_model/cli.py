@@ -1,6 +1,7 @@
 """The command ``metris``: one line per command; what a command needs is imported when it is called."""
 
-import json
+import errno
+import os
 import sys
 import warnings
 from importlib import import_module
@@ -18,6 +19,8 @@ COMMANDS = {
     "predict": ("viewing.config:PredictConfig", "viewing.predict:predict"),
 }
 
+_MENDABLE = {errno.ENAMETOOLONG, errno.EACCES, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; exit code 0, or 2 with one line on stderr for what a user can mend."""
@@ -32,13 +35,26 @@ def main(arguments: list[str] | None = None) -> int:
             raise InputError(f"unknown command {name}, expected one of {', '.join(COMMANDS)}")
         config = parse(name, rest)
         _load(COMMANDS[name][1])(config)
-    except InputError as error:
-        print(f"metris: error: {error}", file=sys.stderr)
-        return 2
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # who read us has seen enough
+        return 0
+    except OSError as error:
+        if error.errno not in _MENDABLE:
+            raise
+        return _refuse(f"{error.filename or 'output'}: {error.strerror}; choose another place")
+    except (InputError, NotImplementedError) as error:
+        # A worker process wraps the line in its traceback.
+        return _refuse(str(error).strip().splitlines()[-1].removeprefix("reference_model.files.InputError: "))
     except KeyboardInterrupt:
         print("metris: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _refuse(line: str) -> int:
+    print(f"metris: error: {line}", file=sys.stderr)
+    return 2
 
 
 def parse(name: str, arguments: list[str]) -> Any:
@@ -56,7 +72,9 @@ def parse(name: str, arguments: list[str]) -> Any:
         + ", ".join(preset_names()),
     )
     parser.add_class_arguments(config_class, as_group=False)
-    files, overrides = _split(arguments, parser.prog)
+    files, overrides, expressions = _split(arguments, parser.prog)
+    if expressions and "expression" not in known_keys(config_class):
+        refuse_unknown(parser.prog, "expression", config_class)
     for path in files:
         read_yaml(path, config_class)
     keys = [*known_keys(config_class), "help", "config", "preset", "print_config"]
@@ -67,10 +85,12 @@ def parse(name: str, arguments: list[str]) -> Any:
             refuse_unknown(parser.prog, key, config_class)
     parsed = parser.parse_args([*(f"--config={path}" for path in files), *overrides])
     filled = vars(parser.instantiate(parsed))
+    if expressions:
+        filled["expression"] = expressions  # past the parser, which would read some sentences as YAML
     return config_class(**{key: value for key, value in filled.items() if key != "config"})
 
 
-def _split(arguments: list[str], prog: str) -> tuple[list[Path], list[str]]:
+def _split(arguments: list[str], prog: str) -> tuple[list[Path], list[str], list[str]]:
     """Part config files (presets among them) from overrides; a bare --flag means true, sentences add up."""
     files, overrides, expressions = [], [], []
     waiting = list(arguments)
@@ -82,16 +102,13 @@ def _split(arguments: list[str], prog: str) -> tuple[list[Path], list[str]]:
             value = value if has_value else waiting.pop(0)
             files.append(preset_file(value) if name == "--preset" else Path(value))
         elif name == "--expression" and (has_value or waiting):
-            # As JSON, so that no sentence is taken for YAML.
             expressions.append(value if has_value else waiting.pop(0))
         elif name in ("--json", "--baselines", "--cache") and not has_value:
             follows = waiting[:1] in (["true"], ["false"])
             overrides.append(f"{name}={waiting.pop(0) if follows else 'true'}")
         else:
             overrides.append(f"{name}{has_value}{value}")
-    if expressions:
-        overrides.append(f"--expression={json.dumps(expressions)}")
-    return files, overrides
+    return files, overrides, expressions
 
 
 def _usage() -> str:
@@ -106,7 +123,3 @@ def _usage() -> str:
 def _load(place: str) -> Any:
     module, name = place.split(":")
     return getattr(import_module(f"reference_model.{module}"), name)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

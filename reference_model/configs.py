@@ -18,6 +18,15 @@ PRESETS = Path(__file__).parent / "presets"
 Config = TypeVar("Config")
 
 
+class _PlainLoader(yaml.SafeLoader):
+    """SafeLoader without aliases, which can nest a short file into itself or into gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"alias *{self.peek_event().anchor} is not allowed, write the value out")
+        return super().compose_node(parent, index)
+
+
 class Parser(ArgumentParser):
     """jsonargparse's parser, whose errors are one line and an `InputError`."""
 
@@ -57,10 +66,10 @@ def read_yaml(path: str | Path, config: type, *, section: str | None = None) -> 
         InputError: The file cannot be read, is no mapping, or has an unknown key; names the nearest.
     """
     try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        loaded = yaml.load(Path(path).read_text(encoding="utf-8"), _PlainLoader)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); give a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: is not YAML ({' '.join(str(error).split())}); mend it") from error
     loaded = {} if loaded is None else loaded
     if section is not None and isinstance(loaded, dict):

@@ -12,6 +12,23 @@ class InputError(ValueError):
     """What a user gave cannot be used; the message is one line with the next step. Exit code 2."""
 
 
+def refuse_unwritable(path: str | Path) -> None:
+    """Find out before long work whether ``path`` can be written after it.
+
+    Raises:
+        InputError: The place cannot be written.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder, expected the name of a file to write")
+    try:
+        nearest = next(folder for folder in path.resolve().parents if folder.exists())
+        with tempfile.TemporaryDirectory(dir=nearest):
+            pass
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+
+
 @contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
     """Give a temporary path beside ``path``, and move it onto ``path`` once the block ends well.
@@ -22,7 +39,9 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     Raises:
         InputError: The place cannot be written.
     """
-    path = Path(path)
+    path = Path(path).resolve()
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise InputError(f"{path}: is neither a file nor a folder; choose another place")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         room = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -35,7 +54,8 @@ def written_whole(path: str | Path) -> Iterator[Path]:
             os.replace(path, room / "replaced")
         os.replace(fresh, path)
     except OSError as error:
-        if error.filename is None or not str(error.filename).startswith((str(path), str(room))):
+        # A full disk names no file. An error about some other file is not ours to explain.
+        if error.filename is not None and not str(error.filename).startswith((str(path), str(room))):
             raise
         raise InputError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
     finally:

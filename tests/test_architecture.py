@@ -35,7 +35,7 @@ _BELOW = {
     "presets": (),
 }
 _ROOMS = tuple(_BELOW)
-_TOP = {"ablate": (), "profile": (), "cli": ("ablate", "profile")}
+_TOP = {"ablate": (), "profile": (), "cli": ("ablate", "profile"), "__main__": ("cli",)}
 
 
 def allowed(path: Path) -> tuple[str, ...]:

@@ -37,13 +37,16 @@ def pixel_contrastive_loss(
         finite input. With nothing valid the mean is 0.
 
     Raises:
-        ValueError: An axis differs between the arguments, or ``reduction`` is unknown.
+        ValueError: An axis differs between the arguments, ``reduction`` is unknown, or ``temperature`` is a
+            number that is not positive.
         TypeError: ``valid`` is not bool.
     """
     op = "pixel_contrastive_loss"
     check_axes(op, scores=(scores, "b n"), target=(target, "b n"))
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"{op}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    if not isinstance(temperature, Tensor) and not temperature > 0:
+        raise ValueError(f"{op}: temperature must be > 0, got {temperature:g}")
     if valid is not None:
         check_axes(op, scores=(scores, "b n"), valid=(valid, "b n"))
         check_mask(op, valid=valid)

@@ -1,5 +1,6 @@
 """From records to batches: sentences of one image share it, so that it is decoded and encoded once."""
 
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -127,6 +128,8 @@ class ReferringDataset(Dataset[Item]):
 class Collate:
     """Make a :class:`Batch` of items; to be given to a DataLoader as ``collate_fn``.
 
+    Overlong sentences are cut in silence: `report_overlong` counts them once.
+
     Args:
         tokenizer: BERT's or CLIP's.
         max_tokens: The most tokens of a sentence, [CLS] and [SEP] included.
@@ -142,7 +145,8 @@ class Collate:
             images.setdefault(record.image, image)
         row = {path: index for index, path in enumerate(images)}
         records = [item.record for item in items]
-        tokens = tokenize(self.tokenizer, [record.expression for record in records], self.max_tokens)
+        expressions = [record.expression for record in records]
+        tokens = tokenize(self.tokenizer, expressions, self.max_tokens, warn=False)
         return Batch(
             images=torch.stack(list(images.values())),
             image_index=torch.tensor([row[record.image] for record in records]),
@@ -153,16 +157,29 @@ class Collate:
         )
 
 
+def report_overlong(tokenizer: "PreTrainedTokenizerBase", records: Sequence[Record], max_tokens: int) -> None:
+    """Say on stderr, once before a run, how many sentences :class:`Collate` will cut."""
+    rows = tokenizer([record.expression for record in records], verbose=False)["input_ids"]
+    overlong = sum(len(ids) > max_tokens for ids in rows)
+    if overlong:
+        print(f"{overlong} of {len(rows)} sentences exceed {max_tokens} tokens and are cut", file=sys.stderr)
+
+
 def tokenize(
-    tokenizer: "PreTrainedTokenizerBase", expressions: Sequence[str], max_tokens: int = 20
+    tokenizer: "PreTrainedTokenizerBase",
+    expressions: Sequence[str],
+    max_tokens: int = 20,
+    *,
+    warn: bool = True,
 ) -> Tokens:
     """Tokenise sentences and pad them to the longest one.
 
     Args:
         tokenizer: BERT's or CLIP's, one that puts special tokens around a sentence.
         expressions: b sentences.
-        max_tokens: The most tokens of a sentence, special ones included. A longer sentence is cut with a
-            warning; its last token stays the closing one ([SEP]).
+        max_tokens: The most tokens of a sentence, special ones included. A longer sentence is cut; its last
+            token stays the closing one ([SEP]).
+        warn: Name each sentence that is cut in a warning.
 
     Returns:
         (b, l) int64 token ids and (b, l) bool mask, l at most ``max_tokens``.
@@ -188,10 +205,11 @@ def tokenize(
         if len(ids) <= special:
             raise InputError(f"{shown(expression)}: has no word; write what to look for")
         if len(ids) > max_tokens:
-            warnings.warn(
-                f"{expression!r} has {len(ids)} tokens with the special ones, {max_tokens} are kept",
-                stacklevel=2,
-            )
+            if warn:
+                warnings.warn(
+                    f"{expression!r} has {len(ids)} tokens with the special ones, {max_tokens} are kept",
+                    stacklevel=2,
+                )
             rows[index] = [*ids[: max_tokens - 1], ids[-1]]
     lengths = torch.tensor([len(row) for row in rows])
     longest = int(lengths.max())

@@ -57,6 +57,8 @@ def open_image(path: str | Path, *, height_width: tuple[int, int] | None = None)
     Raises:
         InputError: The file is missing, damaged, no image, too large, or of another size.
     """
+    if Path(path).exists() and not Path(path).is_file():
+        raise InputError(f"{path}: is not a file; give a JPEG or PNG")
     try:
         with Image.open(path) as file:
             file.load()

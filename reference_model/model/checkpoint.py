@@ -52,7 +52,11 @@ def start_checkpoint(folder: Path, config_yaml: str, tokenizer: BertTokenizer) -
 def save_weights(folder: Path, model: METRIS) -> None:
     """Write or replace the weights of a checkpoint."""
     with written_whole(folder / WEIGHTS) as path:
-        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path)
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path)
+        except SafetensorError as error:
+            raise InputError(f"{folder / WEIGHTS}: cannot be written ({error}); make room there") from error
+        path.chmod((folder / CONFIG).stat().st_mode)  # safetensors gives the owner alone the right to read
 
 
 def load_checkpoint(folder: Path, *, device: torch.device | str = "cpu") -> Checkpoint:
@@ -80,7 +84,11 @@ def load_checkpoint(folder: Path, *, device: torch.device | str = "cpu") -> Chec
         raise InputError(f"{folder / WEIGHTS}: cannot be read ({error}); copy or train it again") from error
     _refuse_misfit(folder, model.state_dict(), weights)
     model.load_state_dict(weights)
-    return Checkpoint(model.to(device).eval(), load_tokenizer(folder / TOKENIZER), config)
+    tokenizer = load_tokenizer(folder / TOKENIZER)
+    if len(tokenizer) > config.vocab_size:
+        sizes = f"{len(tokenizer)} entries, but {CONFIG} has vocab_size {config.vocab_size}"
+        raise InputError(f"{folder / TOKENIZER}: has {sizes}; they are not from one run")
+    return Checkpoint(model.to(device).eval(), tokenizer, config)
 
 
 def _refuse_misfit(folder: Path, wanted: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> None:
@@ -90,8 +98,12 @@ def _refuse_misfit(folder: Path, wanted: dict[str, torch.Tensor], found: dict[st
         elif found[name].shape != tensor.shape:
             shapes = f"{tuple(found[name].shape)}, but the config builds {tuple(tensor.shape)}"
             problem = f"weight {name} has shape {shapes}"
+        elif tensor.is_floating_point() and not found[name].is_floating_point():
+            problem = f"weight {name} is {found[name].dtype}, expected floating point"
+        elif not found[name].isfinite().all():
+            problem = f"weight {name} is not finite everywhere"
         else:
             continue
-        raise InputError(f"{folder / WEIGHTS}: {problem}; weights and {CONFIG} are not from one run")
+        raise InputError(f"{folder / WEIGHTS}: {problem}; take weights and {CONFIG} from one sound run")
     if extra := sorted(found.keys() - wanted.keys()):
         raise InputError(f"{folder / WEIGHTS}: has {len(extra)} weights the config lacks, first {extra[0]}")

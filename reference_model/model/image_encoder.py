@@ -24,7 +24,7 @@ class ImageEncoder(nn.Module):
         options: Further keyword arguments for `timm.create_model`.
 
     Raises:
-        InputError: timm does not know the model or an option, or the weights cannot be had.
+        InputError: timm does not know the model or an option, or the weights cannot be had or do not fit.
     """
 
     def __init__(
@@ -42,18 +42,13 @@ class ImageEncoder(nn.Module):
         if name.startswith("swin"):
             # Window tables and shift masks depend on the size; 480 is not a multiple of 32 x window 12.
             options = {"img_size": image_size, "strict_img_size": False, **options}
-        if weights is not None:
-            pretrained, options["pretrained_cfg_overlay"] = True, {"file": str(weights)}
-        try:
-            self.backbone = timm.create_model(name, pretrained=pretrained, features_only=True, **options)
-        except (RuntimeError, TypeError, ValueError, OSError) as error:
-            source = weights or ("timm's own weights" if pretrained else "no weights")
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise InputError(
-                f"image_encoder {name}: timm cannot build it from {source} with {options}: {first}"
-            ) from error
-        self.channels: list[int] = self.backbone.feature_info.channels()
-        self.strides: list[int] = self.backbone.feature_info.reduction()
+        if weights is None:
+            self.backbone = _timm_model(name, options, pretrained=pretrained)
+        else:
+            self.backbone = _timm_model(name, options, weights=weights)
+        # Four stages; some families give a fifth map, finer than the paper's.
+        self.channels: list[int] = self.backbone.feature_info.channels()[-4:]
+        self.strides: list[int] = self.backbone.feature_info.reduction()[-4:]
         self.channels_last = getattr(self.backbone, "output_fmt", "NCHW") == "NHWC"
         # timm's feature maps come unnormalised; LAVT and transformers' SwinBackbone add a norm per stage too.
         self.norms = nn.ModuleList(nn.LayerNorm(c) for c in self.channels)
@@ -61,13 +56,39 @@ class ImageEncoder(nn.Module):
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """(b, 3, h, w), ImageNet-normalised -> maps (b, c_i, h_i, w_i), fine to coarse."""
-        maps = self.backbone(image)
+        maps = self.backbone(image)[-4:]
         if not self.channels_last:
             maps = [rearrange(x, "b c h w -> b h w c") for x in maps]
         maps = [norm(x) for norm, x in zip(self.norms, maps, strict=True)]
         if self.coordinates:
             maps = [x + place(_cell_centres(x)) for place, x in zip(self.coordinates, maps, strict=True)]
         return [rearrange(x, "b h w c -> b c h w") for x in maps]
+
+
+def _timm_model(
+    name: str, options: dict[str, Any], *, pretrained: bool = False, weights: Path | None = None
+) -> nn.Module:
+    overlay = {} if weights is None else {"pretrained_cfg_overlay": {"file": str(weights)}}
+    load = pretrained or weights is not None
+    state = torch.random.get_rng_state()
+    try:
+        model = timm.create_model(name, pretrained=load, features_only=True, **options, **overlay)
+    except (RuntimeError, TypeError, ValueError, AssertionError, LookupError, OSError) as error:
+        source = weights or ("timm's own weights" if pretrained else "no weights")
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"image_encoder {name}: timm cannot build it from {source} with {options}: {first}"
+        ) from error
+    if weights is not None:
+        # timm passes over what a file lacks. A matrix that is as it was drawn has not been in the file.
+        torch.random.set_rng_state(state)
+        drawn = timm.create_model(name, features_only=True, **options).state_dict()
+        matrices = {key: x for key, x in model.state_dict().items() if x.ndim > 1 and x.is_floating_point()}
+        kept = [key for key, x in matrices.items() if x.equal(drawn[key]) and x.any()]
+        if kept:
+            count = f"{len(kept)} of its {len(matrices)} weight matrices, first {kept[0]}"
+            raise InputError(f"image_encoder {name}: {weights} lacks {count}; give weights of this model")
+    return model
 
 
 def _cell_centres(x: Tensor) -> Tensor:

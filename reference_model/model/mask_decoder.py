@@ -12,38 +12,6 @@ from metris_blocks.layers import AttentionLayer, Norm
 from metris_blocks.ops.attention import Backend
 
 
-class GuidedStage(nn.Module):
-    """Cross-attention with the feature map as query and the guidance tokens as keys and values."""
-
-    def __init__(
-        self,
-        dim: int,
-        guidance_dim: int,
-        *,
-        num_heads: int,
-        mlp_ratio: float,
-        dropout: float,
-        norm: Norm,
-        backend: Backend,
-    ) -> None:
-        super().__init__()
-        self.layer = AttentionLayer(
-            dim,
-            guidance_dim,
-            num_heads=num_heads,
-            mlp_ratio=mlp_ratio,
-            dropout=dropout,
-            norm=norm,
-            backend=backend,
-        )
-
-    def forward(self, x: Tensor, guidance: Tensor, guidance_mask: Tensor | None) -> Tensor:
-        """(b, d, h, w), (b, g, guidance_dim), (b, g) bool -> (b, d, h, w)."""
-        h = x.shape[-2]
-        tokens = self.layer(rearrange(x, "b d h w -> b (h w) d"), guidance, guidance_mask)
-        return rearrange(tokens, "b (h w) d -> b d h w", h=h)
-
-
 class Fusion(nn.Sequential):
     """Two 3x3 convolutions over the upsampled map and the next finer encoder map, side by side."""
 
@@ -90,7 +58,7 @@ class MaskDecoder(nn.Module):
         super().__init__()
         self.inlet = nn.Linear(channels[-1], dim)
         self.stages = nn.ModuleList(
-            GuidedStage(
+            AttentionLayer(
                 dim,
                 guidance_dim,
                 num_heads=num_heads,
@@ -109,9 +77,17 @@ class MaskDecoder(nn.Module):
     ) -> Tensor:
         """Maps (b, c_i, h_i, w_i) fine to coarse, (b, g, d), (b, g) bool -> logits (b, h_1, w_1)."""
         x = self.inlet(rearrange(maps[-1], "b c h w -> b h w c"))
-        x = self.stages[0](rearrange(x, "b h w d -> b d h w"), guidance, guidance_mask)
+        x = self._guided(self.stages[0], x, guidance, guidance_mask)
         finer = reversed(maps[:-1])
         for encoded, fuse, stage in zip(finer, self.fusions, self.stages[1:], strict=True):
+            x = rearrange(x, "b h w d -> b d h w")
             x = F.interpolate(x, encoded.shape[-2:], mode="bilinear", align_corners=False)
-            x = stage(fuse(torch.cat([x, encoded], dim=1)), guidance, guidance_mask)
-        return self.head(rearrange(x, "b d h w -> b h w d"))[..., 0]
+            x = rearrange(fuse(torch.cat([x, encoded], dim=1)), "b d h w -> b h w d")
+            x = self._guided(stage, x, guidance, guidance_mask)
+        return self.head(x)[..., 0]
+
+    @staticmethod
+    def _guided(stage: AttentionLayer, x: Tensor, guidance: Tensor, guidance_mask: Tensor | None) -> Tensor:
+        """Let every cell of a (b, h, w, d) map attend to the guidance tokens."""
+        tokens = stage(rearrange(x, "b h w d -> b (h w) d"), guidance, guidance_mask)
+        return rearrange(tokens, "b (h w) d -> b h w d", h=x.shape[1])

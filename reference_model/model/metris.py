@@ -109,12 +109,22 @@ def build_metris(config: ModelConfig) -> METRIS:
     Raises:
         InputError: A value is out of range, or an encoder cannot be had.
     """
+    for name, least, most in (
+        ("image_size", 32, 4096),
+        ("max_tokens", 3, 512),
+        ("vocab_size", 5, 10**7),
+        ("num_heads", 1, 1024),
+        *((name, 1, 2**16) for name in ("guidance_dim", "joint_dim", "decoder_dim")),
+    ):
+        if not least <= getattr(config, name) <= most:
+            raise InputError(f"model: {name} must be in [{least}, {most}], got {getattr(config, name)}")
     try:
         return _built(config)
     except InputError:
         raise
-    except ValueError as error:
-        raise InputError(f"model: {error}") from error
+    # What the encoders' own constructors raise on options that they cannot mean.
+    except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
+        raise InputError(f"model: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
 def _built(config: ModelConfig) -> METRIS:
@@ -134,6 +144,11 @@ def _built(config: ModelConfig) -> METRIS:
         options=config.text_encoder_options,
     )
     visual_dim, language_dim, dim = image_encoder.channels[-1], text_encoder.dim, config.guidance_dim
+    if dim != language_dim:
+        raise InputError(
+            f"model: guidance_dim is {dim}, but the text encoder gives {language_dim} channels, and one "
+            f"guidance set holds the tokens of both; set guidance_dim={language_dim}"
+        )
     layer = {
         "num_heads": config.num_heads,
         "mlp_ratio": config.mlp_ratio,

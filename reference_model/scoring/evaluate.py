@@ -12,11 +12,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from reference_model.data.collate import Collate, ReferringDataset
+from reference_model.data.collate import Collate, ReferringDataset, report_overlong
 from reference_model.data.records import Record
 from reference_model.data.refer import Refer
 from reference_model.data.transforms import resize_mask
-from reference_model.files import InputError, written_whole
+from reference_model.files import InputError, refuse_unwritable, written_whole
 from reference_model.model.checkpoint import load_checkpoint, pick_device
 from reference_model.model.metris import METRIS
 from reference_model.scoring.baselines import largest_object, mean_mask_baseline
@@ -108,12 +108,22 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, Scores]]:
     Raises:
         InputError: The checkpoint or the data cannot be used, or the threshold is outside (0, 1).
     """
+    if config.batch_size < 1:
+        raise InputError(f"batch_size: must be >= 1, got {config.batch_size}")
+    if config.data.workers < 0:
+        raise InputError(f"data.workers: must be >= 0, got {config.data.workers}")
     if not 0 < config.threshold < 1:
         raise InputError(f"threshold: must be in (0, 1), got {config.threshold:g}; 0.5 is usual")
     device = pick_device(config.device)
     data = Refer(config.data.root, config.data.dataset, config.data.split_by)
     records = {split: data.records(split) for split in config.splits.split(",")}
+    train = data.records("train") if config.baselines else []
+    out = config.out or config.checkpoint / "metrics.json"
     checkpoint = load_checkpoint(config.checkpoint, device=device)
+    refuse_unwritable(out)
+    report_overlong(
+        checkpoint.tokenizer, [r for found in records.values() for r in found], checkpoint.config.max_tokens
+    )
     evaluator = Evaluator(
         checkpoint.tokenizer,
         image_size=checkpoint.config.image_size,
@@ -128,11 +138,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, Scores]]:
         for split, found in records.items()
     }
     if config.baselines:
-        mean_mask = mean_mask_baseline(data.records("train"), checkpoint.config.image_size)
+        mean_mask = mean_mask_baseline(train, checkpoint.config.image_size)
         for split, found in records.items():
             scores[split] |= score_baselines(data, found, mean_mask)
 
-    out = config.out or config.checkpoint / "metrics.json"
     with written_whole(out) as path:
         path.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(scores, indent=2) if config.json else table(scores))

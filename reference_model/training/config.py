@@ -45,3 +45,5 @@ class TrainConfig:
     """Of weights, order and dropout."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one."""
+    json: bool = False
+    """Print the result as JSON."""

@@ -1,6 +1,7 @@
 """Train METRIS: parse -> data -> model -> loss, optimiser -> loop -> evaluate -> checkpoint."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from reference_model.configs import to_yaml
-from reference_model.data.collate import Batch, Collate, ReferringDataset
+from reference_model.data.collate import Batch, Collate, ReferringDataset, report_overlong
 from reference_model.data.records import Record
 from reference_model.data.refer import Refer
 from reference_model.files import InputError
@@ -47,7 +48,6 @@ def train(config: TrainConfig) -> Path:
     data = Refer(config.data.root, config.data.dataset, config.data.split_by)
     records, val = data.records("train"), data.records("val")
     tokenizer, model_config = _tokenizer(config.model, records)
-    _report_long_sentences(tokenizer, records, model_config.max_tokens)
     sampler = ImageGroupedSampler(
         [record.image_id for record in records],
         config.batch_size,
@@ -68,6 +68,15 @@ def train(config: TrainConfig) -> Path:
 
     # Model, loss, optimiser
     model = build_metris(model_config).to(device, memory_format=torch.channels_last).train()
+    if len(tokenizer) > model.text_encoder.vocab_size:
+        sizes = f"{len(tokenizer)} entries, but the text encoder {model.text_encoder.vocab_size}"
+        raise InputError(f"tokenizer: has {sizes}; give the vocabulary that came with its weights")
+    # What the encoder turned out to be, wherever its weights came from: the checkpoint builds it from this.
+    model_config = replace(
+        model_config,
+        vocab_size=model.text_encoder.vocab_size,
+        text_encoder_options=model.text_encoder.options,
+    )
     loss = MetrisLoss(
         contrastive_weight=config.contrastive_weight, temperature=config.contrastive_temperature
     ).to(device)
@@ -83,10 +92,11 @@ def train(config: TrainConfig) -> Path:
         workers=config.data.workers,
         device=device,
     )
+    report_overlong(tokenizer, records, model_config.max_tokens)
     start_checkpoint(config.out, to_yaml(replace(config, model=model_config)), tokenizer)
 
     # Loop
-    best = -1.0
+    best_scores: dict[str, float] = {}
     started = time.monotonic()
     parameters = [p for group in optimiser.param_groups for p in group["params"]]
     with Log(config.out / "log.jsonl") as log, tqdm(total=steps, desc="train", unit="step") as bar:
@@ -120,10 +130,15 @@ def train(config: TrainConfig) -> Path:
                 tqdm.write(
                     f"step {step}: val mIoU {scores['mIoU']:.4f}, oIoU {scores['oIoU']:.4f}", sys.stderr
                 )
-                if scores["mIoU"] > best:
-                    best = scores["mIoU"]
+                if not best_scores or scores["mIoU"] > best_scores["mIoU"]:
+                    best_scores = scores
                     save_weights(config.out, model)
-    print(f"checkpoint: {config.out} (val mIoU {best:.4f})")
+    result = {"checkpoint": str(config.out), "steps": steps, "val": best_scores}
+    print(
+        json.dumps(result)
+        if config.json
+        else f"checkpoint: {config.out} (val mIoU {best_scores['mIoU']:.4f})"
+    )
     return config.out
 
 
@@ -168,21 +183,15 @@ def _tokenizer(model: ModelConfig, records: list[Record]) -> tuple[PreTrainedTok
     return tokenizer, replace(model, vocab_size=len(tokenizer))
 
 
-def _report_long_sentences(
-    tokenizer: PreTrainedTokenizerBase, records: list[Record], max_tokens: int
-) -> None:
-    """Say once, before the run, how many sentences are cut."""
-    lengths = [len(ids) for ids in tokenizer([r.expression for r in records], verbose=False)["input_ids"]]
-    long = sum(length > max_tokens for length in lengths)
-    if long:
-        print(f"{long} of {len(lengths)} sentences exceed {max_tokens} tokens and are cut", file=sys.stderr)
-
-
 def _check_ranges(config: TrainConfig) -> None:
-    positive = ("epochs", "batch_size", "sentences_per_image", "learning_rate", "contrastive_temperature")
-    for name in (*positive, *(("steps",) if config.steps is not None else ())):
-        if not getattr(config, name) > 0:
+    positive = ["epochs", "batch_size", "sentences_per_image", "learning_rate", "contrastive_temperature"]
+    positive += [name for name in ("steps", "clip_norm") if getattr(config, name) is not None]
+    for name in positive:
+        if not 0 < getattr(config, name) < math.inf:
             raise InputError(f"{name}: must be > 0, got {getattr(config, name):g}")
     for name in ("warmup_steps", "weight_decay", "contrastive_weight", "evaluate_every", "poly_power"):
-        if getattr(config, name) < 0:
+        if not 0 <= getattr(config, name) < math.inf:
             raise InputError(f"{name}: must be >= 0, got {getattr(config, name):g}")
+    for name, value in (("seed", config.seed), ("data.workers", config.data.workers)):
+        if not 0 <= value < 2**31:
+            raise InputError(f"{name}: must be in [0, 2^31), got {value}")

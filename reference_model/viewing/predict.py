@@ -11,7 +11,7 @@ from tqdm import tqdm
 from reference_model.data.collate import tokenize
 from reference_model.data.refer import Refer
 from reference_model.data.transforms import image_tensor, open_image
-from reference_model.files import InputError, written_whole
+from reference_model.files import InputError, refuse_unwritable, written_whole
 from reference_model.model.checkpoint import Checkpoint, load_checkpoint, pick_device
 from reference_model.scoring.evaluate import mask_at
 from reference_model.scoring.metrics import SegmentationMetrics
@@ -57,6 +57,12 @@ def predict(config: PredictConfig) -> list[Path]:
         raise InputError('predict: give --image and --expression "the red boat", or --data.root and --split')
     if config.data is not None and config.image is not None:
         raise InputError("predict: got --image and --data, expected one of them")
+    if config.data is None:
+        if not config.out.name or config.out.name == ".." or config.out.suffix.lower() not in ("", ".png"):
+            raise InputError(f"out {config.out}: must name a PNG file, such as mask.png")
+        if config.image.resolve() == config.out.with_suffix(".png").resolve():
+            raise InputError(f"out {config.out}: is the image itself; choose another name")
+        refuse_unwritable(config.out.with_suffix(".png"))
     checkpoint = load_checkpoint(config.checkpoint, device=pick_device(config.device))
     entries = _of_samples(config, checkpoint) if config.data is not None else _of_image(config, checkpoint)
     if config.json:

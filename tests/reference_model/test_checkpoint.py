@@ -1,16 +1,19 @@
 """A checkpoint folder is enough to predict, and a broken one is refused before it predicts nonsense."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertModel
 
 from reference_model.files import InputError
 from reference_model.model.checkpoint import load_checkpoint, pick_device, save_weights, start_checkpoint
 from reference_model.model.metris import build_metris
 from reference_model.model.text_encoder import build_tokenizer
+from reference_model.training.train import train
 
 
 @pytest.fixture
@@ -97,3 +100,57 @@ def test_config_with_ratio_out_of_range_is_refused_as_input(saved):
 def test_unknown_device_is_refused():
     with pytest.raises(InputError, match="device abacus: cannot be used"):
         pick_device("abacus")
+
+
+def test_weights_that_are_not_finite_are_refused(saved):
+    weights = load_file(saved / "model.safetensors")
+    weights["decoder.head.bias"] *= float("nan")
+    save_file(weights, saved / "model.safetensors")
+    with pytest.raises(InputError, match=r"decoder\.head\.bias is not finite everywhere"):
+        load_checkpoint(saved)
+
+
+@pytest.mark.parametrize("damage", ["emptied", "without its vocabulary", "garbage", "larger"])
+def test_damaged_tokenizer_is_refused(saved, damage):
+    tokenizer = saved / "tokenizer"
+    if damage == "larger":
+        build_tokenizer([f"word{i}" for i in range(500)]).save_pretrained(tokenizer)
+    elif damage == "garbage":
+        (tokenizer / "tokenizer.json").write_text("{}")
+    else:
+        for path in tokenizer.iterdir():
+            if damage == "emptied" or path.name in ("tokenizer.json", "vocab.txt"):
+                path.unlink()
+    with pytest.raises(InputError, match="tokenizer"):
+        load_checkpoint(saved)
+
+
+def test_run_from_local_text_weights_loads_without_them(another, tmp_path):
+    shape = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 20}
+    bert = BertModel(BertConfig(vocab_size=150, **shape))
+    bert.save_pretrained(tmp_path / "bert")
+    build_tokenizer(["red star"]).save_pretrained(tmp_path / "bert")
+    config = another(learning_rate=1e-9)
+    out = train(replace(config, model=replace(config.model, text_weights=tmp_path / "bert")))
+    shutil.rmtree(tmp_path / "bert")
+    loaded = load_checkpoint(out).model.text_encoder
+    assert (loaded.vocab_size, loaded.bert.config.num_hidden_layers) == (150, 2)
+    trained, given = loaded.bert.embeddings.word_embeddings.weight, bert.embeddings.word_embeddings.weight
+    torch.testing.assert_close(trained, given, rtol=0, atol=1e-6)
+
+
+def test_text_weights_without_a_vocabulary_are_refused(another, tmp_path):
+    shape = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 20}
+    BertModel(BertConfig(vocab_size=150, **shape)).save_pretrained(tmp_path / "bert")
+    config = another()
+    with pytest.raises(InputError, match=r"has neither vocab\.txt nor tokenizer\.json"):
+        train(replace(config, model=replace(config.model, text_weights=tmp_path / "bert")))
+
+
+def test_vocabulary_larger_than_the_text_weights_is_refused(another, tmp_path):
+    shape = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 20}
+    BertModel(BertConfig(vocab_size=90, **shape)).save_pretrained(tmp_path / "bert")
+    build_tokenizer(["red star"]).save_pretrained(tmp_path / "bert")
+    config = another()
+    with pytest.raises(InputError, match=r"tokenizer: has \d+ entries, but the text encoder 90"):
+        train(replace(config, model=replace(config.model, text_weights=tmp_path / "bert")))

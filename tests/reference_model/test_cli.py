@@ -5,12 +5,14 @@ import importlib
 import inspect
 import json
 import os
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from reference_model.cli import COMMANDS, main, parse
 from reference_model.configs import build, preset_names, read_yaml, to_yaml
@@ -184,3 +186,103 @@ def test_unwritable_output_is_refused(run, scenes, tmp_path, capsys):
         capsys, "predict", "--checkpoint", run, "--image", image, "--expression", "star", "--out", out
     )
     assert "cannot be written" in line and (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "expression", ["red 😀", "a: b", "[x", "null", "1e5", "--json", '"', "{}", "the \u2028 star", "*a", "0x_"]
+)
+def test_any_sentence_is_taken_as_it_is(expression):
+    config = parse("predict", ["--checkpoint", "c", "--image", "i.png", "--expression", expression])
+    assert config.expression == [expression]
+
+
+@pytest.mark.parametrize(
+    ("yaml", "says"),
+    [
+        ("model: &a {image_encoder_options: *a}", "alias *a is not allowed"),
+        ("steps: 2026-13-45", "is not YAML"),
+        ("steps: [1", "is not YAML"),
+        ("- 1", "holds a list"),
+    ],
+)
+def test_hostile_yaml_is_refused_in_one_line(yaml, says, tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text(yaml)
+    assert says in refused(capsys, "train", "--config", tmp_path / "c.yaml", "--data.root", "x")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("--model.num_heads", "0", "num_heads must be in [1, 1024], got 0"),
+        ("--model.joint_dim", "0", "joint_dim must be in [1, "),
+        ("--model.image_size", "10000000", "image_size must be in [32, 4096]"),
+        ("--model.max_tokens", "2", "max_tokens must be in [3, 512], got 2"),
+        ("--model.guidance_dim", "64", "guidance_dim is 64, but the text encoder gives 128"),
+        ("--model.mlp_ratio", "-1", "mlp_ratio=-1 leaves no channel"),
+        ("--model.text_encoder_options.hiden_size", "25", "BertConfig has no hiden_size"),
+        ("--model.text_encoder_options.num_attention_heads", "0", "metris: error: model: "),
+        ("--model.image_encoder_options.output_stride", "7", "timm cannot build it"),
+        ("--model.text_weights", "nowhere", "nowhere"),
+        ("--model.image_weights", "nowhere.pth", "nowhere.pth"),
+        ("--clip_norm", "-1", "clip_norm: must be > 0, got -1"),
+        ("--poly_power", ".nan", "poly_power: must be >= 0, got nan"),
+        ("--seed", "4611686018427387904", "seed: must be in [0, 2^31)"),
+        ("--data.workers", "-1", "data.workers: must be in [0, 2^31), got -1"),
+    ],
+)
+def test_values_that_no_model_can_have_are_refused_before_anything_is_written(
+    option, value, says, scenes, tmp_path, capsys
+):
+    usual = ("--preset", "metris_tiny", "--data.root", scenes, "--out", tmp_path / "run")
+    assert says in refused(capsys, "train", *usual, option, value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_damaged_image_is_one_line_from_a_worker_process_too(scenes, tmp_path, capsys):
+    root = shutil.copytree(scenes, tmp_path / "data")
+    for path in (root / "images" / "train2014").glob("*.jpg"):
+        path.write_bytes(path.read_bytes()[:200])
+    usual = ("--preset", "metris_tiny", "--data.root", root, "--out", tmp_path / "run")
+    assert main(["train", *map(str, usual), "--data.workers", "1"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("metris: error: ") and ".jpg" in last and "Traceback" not in last
+
+
+def test_library_without_extras_says_what_to_install():
+    probe = (
+        "import sys; sys.modules['jsonargparse'] = None\n"
+        "from reference_model.__main__ import main; sys.exit(main())"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "pip install 'metris-blocks[reference]'" in done.stderr
+
+
+@pytest.mark.parametrize("out", [".", "..", "mask.jpg", "photo.png"])
+def test_mask_is_never_written_where_it_does_not_belong(out, run, scenes, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.open(next((scenes / "images" / "train2014").glob("*.jpg"))).save("photo.png")
+    before = Path("photo.png").read_bytes()
+    arguments = ("--checkpoint", run, "--image", "photo.png", "--expression", "star", "--out", out)
+    assert f"out {out}" in refused(capsys, "predict", *arguments)
+    assert os.listdir() == ["photo.png"] and Path("photo.png").read_bytes() == before
+
+
+def test_json_is_all_that_train_and_generate_print(tmp_path, capsys):
+    root = tmp_path / "data"
+    sizes = ("--size", 64, "--train", 4, "--val", 2, "--test", 1)
+    assert main(["generate", "--root", str(root), *map(str, sizes), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["pictures"] == 8
+    arguments = (
+        "--preset",
+        "metris_tiny",
+        "--data.root",
+        root,
+        "--out",
+        tmp_path / "run",
+        "--steps",
+        1,
+        "--json",
+    )
+    assert main(["train", *map(str, arguments)]) == 0
+    assert 0 <= json.loads(capsys.readouterr().out)["val"]["mIoU"] <= 1

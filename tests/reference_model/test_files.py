@@ -1,5 +1,6 @@
 """Files are written whole or not at all."""
 
+import errno
 import os
 
 import pytest
@@ -58,3 +59,24 @@ def test_file_in_the_way_of_a_folder_is_named(tmp_path):
     ):
         path.mkdir()
     assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_full_disk_is_named_and_leaves_nothing(tmp_path):
+    def fill():
+        with written_whole(tmp_path / "file.txt"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(InputError, match=r"file\.txt: cannot be written \(No space left on device\)"):
+        fill()
+    assert os.listdir(tmp_path) == []
+
+
+def test_link_is_followed_and_pipes_are_refused(tmp_path):
+    (tmp_path / "file.txt").write_text("old")
+    (tmp_path / "link").symlink_to("file.txt")
+    with written_whole(tmp_path / "link") as path:
+        path.write_text("new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file.txt").read_text() == "new"
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="neither a file nor a folder"), written_whole(tmp_path / "pipe"):
+        pass

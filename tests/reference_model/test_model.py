@@ -155,6 +155,13 @@ def test_image_encoder_takes_a_local_weight_file(tmp_path):
     torch.testing.assert_close(ours, deepest)
 
 
+def test_image_encoder_refuses_weights_of_another_model(tmp_path):
+    torch.save({"foo.weight": torch.zeros(2, 2)}, tmp_path / "weights.pth")
+    options = {"depths": [1, 1, 1, 1], "dims": [8, 12, 16, 24]}
+    with pytest.raises(InputError, match=r"weights\.pth"):
+        ImageEncoder("convnext_atto", image_size=64, weights=tmp_path / "weights.pth", options=options)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "says"),
     [
@@ -178,6 +185,12 @@ def test_tokenizer_knows_its_words_and_spells_the_others():
     assert tokenizer.unk_token_id not in tokenizer("zebra: 7 starfish!")["input_ids"]
     ids = tokenizer("the red star")["input_ids"]
     assert (ids[0], ids[-1]) == (tokenizer.cls_token_id, tokenizer.sep_token_id) and len(ids) == 5
+
+
+def test_tokenizer_knows_words_beside_punctuation():
+    tokenizer = build_tokenizer(["Man's shirt, left-most!"])
+    assert tokenizer.tokenize("the shirt: left man")[-3:] == [":", "left", "man"]
+    assert "shirt" in tokenizer.get_vocab() and "most" in tokenizer.get_vocab()
 
 
 def test_tokenizer_does_not_depend_on_the_order_of_sentences():

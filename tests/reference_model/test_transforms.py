@@ -159,7 +159,7 @@ def message_of(path):
 
 def test_missing_file_and_folder_are_refused(tmp_path):
     assert "no such image" in message_of(tmp_path / "nowhere.jpg")
-    assert "cannot be read as an image" in message_of(tmp_path)
+    assert "is not a file" in message_of(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"<html>not found</html>", b"\x89PNG\r\n\x1a\n"])

@@ -9,7 +9,7 @@ from typing import Literal
 class GenerateConfig:
     """Generate a data set of procedural scenes in the REFER layout.
 
-    The files depend on every field but `root` and `workers`.
+    The files depend on every field but `root`, `workers` and `json`.
     """
 
     root: Path
@@ -37,3 +37,6 @@ class GenerateConfig:
 
     workers: int = 1
     """Processes that make pictures, at least 1; the bytes are the same for any number."""
+
+    json: bool = False
+    """Print the result as JSON."""

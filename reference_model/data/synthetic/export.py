@@ -76,9 +76,12 @@ def generate(config: GenerateConfig) -> Path:
         _write_json(root / "refcoco" / "instances.json", _instances(config, jobs, annotations))
         _write_json(root / "scenes.json", scenes)
         _write_json(root / "generated.json", _settings(config))
-    print(
-        f"data: {config.root} ({len(jobs)} pictures, {sum(len(ref['sent_ids']) for ref in refs)} sentences)"
-    )
+    made = {
+        "data": str(config.root),
+        "pictures": len(jobs),
+        "sentences": sum(len(ref["sent_ids"]) for ref in refs),
+    }
+    print(json.dumps(made) if config.json else "  ".join(f"{key}: {value}" for key, value in made.items()))
     return config.root
 
 
@@ -105,7 +108,7 @@ def _check_ranges(config: GenerateConfig) -> None:
 def _settings(config: GenerateConfig) -> dict[str, Any]:
     """All that the bytes depend on."""
     fields = asdict(config)
-    return {"version": VERSION} | {k: v for k, v in fields.items() if k not in ("root", "workers")}
+    return {"version": VERSION} | {k: v for k, v in fields.items() if k not in ("root", "workers", "json")}
 
 
 def _is_up_to_date(config: GenerateConfig) -> bool:
