@@ -1,6 +1,6 @@
 """How much faster is the extractor than the paper's equations, written out? Ratios of interleaved runs.
 
-    python -m benchmarks.ratios            # the paper's sizes: b=8, l=21, n=225, c=1024, d=768, r=0.3
+    python -m benchmarks.ratios            # sizes of 480 px: b=8, l=21, n=225, c=1024, d=768, r=0.3
 
 Each round runs every way once, in turn, and gives a ratio of ours over theirs: machines are
 noisy, a median of ratios is not. Nothing is timed before all ways agree.

@@ -1,7 +1,13 @@
-"""One check for every tensor contract: axis letters must mean one size across all arguments."""
+"""One check for every tensor contract, and what a boolean mask becomes inside an implementation."""
+
+import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+# Kernels read a bias in vectors of up to eight; a row that does not start on one is refused (pytorch#121943).
+_ALIGNMENT = 8
 
 
 def check_axes(op: str, **tensors: tuple[Tensor, str]) -> dict[str, int]:
@@ -52,3 +58,22 @@ def zero_unless_any(mask: Tensor, *tensors: Tensor) -> list[Tensor]:
     """
     attended = mask.any(dim=1) if mask.ndim == 3 else mask
     return [x.masked_fill(~attended.reshape(*attended.shape, *(1,) * (x.ndim - 2)), 0) for x in tensors]
+
+
+def aligned_bias(mask: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+    """Turn a bool mask into the additive one that kernels take, its rows aligned in memory.
+
+    -inf and never finfo.min: a row of -inf gives zeros and zero gradient, a row of finfo.min the mean of V.
+
+    Args:
+        mask: (b, l, n) bool; True = takes part.
+        heads: Number of heads that share it.
+        dtype: The query's; kernels misread any other.
+
+    Returns:
+        (b, heads, l, n) of 0 and -inf, broadcast over the heads without a copy.
+    """
+    n = mask.shape[-1]
+    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -math.inf)
+    # Pad, slice, expand, and nothing after: any later op would lose the aligned stride.
+    return F.pad(bias, (0, -n % _ALIGNMENT))[..., :n][:, None].expand(-1, heads, -1, -1)

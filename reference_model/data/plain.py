@@ -34,7 +34,7 @@ class _Refused(Exception):
 
 
 # The C unpickler reserves memory for whatever memo index a file states, so five bytes can take it all;
-# the Python one is 4 s slower on RefCOCO and safe.
+# the Python one is slower and safe.
 class _PlainUnpickler(pickle._Unpickler):
     """Unpickle lists, dicts, strings and numbers; refuse every global, extension and persistent id."""
 

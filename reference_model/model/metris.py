@@ -25,7 +25,7 @@ class ImageFeatures(NamedTuple):
 
     def select(self, index: Tensor) -> "ImageFeatures":
         """(k) int64 image numbers -> the features of those images, repeated as asked."""
-        return ImageFeatures([x[index] for x in self.maps], self.size)
+        return ImageFeatures([x.index_select(0, index) for x in self.maps], self.size)
 
 
 class MetrisOutput(NamedTuple):

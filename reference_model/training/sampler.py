@@ -9,7 +9,7 @@ from torch.utils.data import Sampler
 
 
 class ImageGroupedSampler(Sampler[list[int]]):
-    """Every sentence once an epoch, shuffled, up to ``per_image`` sentences of one image side by side.
+    """Every sentence at most once an epoch, shuffled, ``per_image`` sentences of one image side by side.
 
     Args:
         image_ids: The image of each record.

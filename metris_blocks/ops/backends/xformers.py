@@ -2,7 +2,6 @@
 
 import ctypes
 import functools
-import math
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from metris_blocks.ops.shapes import aligned_bias
 
 # Width of a head must fill whole vectors of the kernel.
 _HEAD_MULTIPLE = {torch.float16: 8, torch.bfloat16: 8, torch.float32: 4}
-_BIAS_ALIGNMENT = 8
 _OLDEST, _NEWEST = (5, 0), (9, 0)
 
 
@@ -78,14 +77,7 @@ def _fmha() -> ModuleType:
 
 
 def _bias(mask: Tensor | None, query: Tensor) -> Tensor | None:
-    """(b, l, n) bool -> (b, heads, l, n) of 0 and -inf in the query's dtype, its rows aligned in memory."""
-    if mask is None:
-        return None
-    n = mask.shape[-1]
-    bias = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(~mask, -math.inf)
-    # Pad, slice, expand, and nothing after: any later op would lose the aligned stride.
-    bias = F.pad(bias, (0, -n % _BIAS_ALIGNMENT))[..., :n]
-    return bias[:, None].expand(-1, query.shape[2], -1, -1)
+    return None if mask is None else aligned_bias(mask, query.shape[2], query.dtype)
 
 
 # One opaque op each way: traced, xformers' own autograd mixes devices, and its check of the type of a bias
