@@ -57,7 +57,8 @@ def zero_unless_any(mask: Tensor, *tensors: Tensor) -> list[Tensor]:
         tensors: (b, n, ...) each.
     """
     attended = mask.any(dim=1) if mask.ndim == 3 else mask
-    return [x.masked_fill(~attended.reshape(*attended.shape, *(1,) * (x.ndim - 2)), 0) for x in tensors]
+    # where, and not masked_fill: that copies first and fills in a second pass.
+    return [torch.where(attended.reshape(*attended.shape, *(1,) * (x.ndim - 2)), x, 0) for x in tensors]
 
 
 def aligned_bias(mask: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
