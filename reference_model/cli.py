@@ -68,8 +68,8 @@ def parse(name: str, arguments: list[str]) -> Any:
     parser.add_argument(
         "--config",
         action="config",
-        help="YAML file of the options below, repeatable; --preset NAME takes one of this package's: "
-        + ", ".join(preset_names()),
+        help="YAML file of the options below, repeatable"
+        + (f"; --preset NAME takes one of this package's: {', '.join(preset_names())}" * (name == "train")),
     )
     parser.add_class_arguments(config_class, as_group=False)
     files, overrides, expressions = _split(arguments, parser.prog)
