@@ -106,11 +106,6 @@ def resize_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.array(resized, dtype=bool)
 
 
-def mask_tensor(mask: np.ndarray, size: int) -> Tensor:
-    """Resize a (h, w) bool mask to (size, size) float32 of zeros and ones, beside :func:`image_tensor`."""
-    return torch.from_numpy(resize_mask(mask, size, size)).float()
-
-
 def _orientation(file: Image.Image) -> int:
     try:
         return file.getexif().get(_ORIENTATION_TAG, 1)

@@ -17,7 +17,7 @@ from transformers import BertTokenizer
 import reference_model.data.collate as collate_module
 from reference_model.data.collate import Collate, ReferringDataset, tokenize
 from reference_model.data.records import Record
-from reference_model.data.transforms import image_tensor, mask_tensor, open_image
+from reference_model.data.transforms import image_tensor, open_image, resize_mask
 from reference_model.files import InputError
 
 PIECES = ["un", "##believ", "##able"]
@@ -77,7 +77,9 @@ def test_batch_holds_each_image_once_and_every_sentence_its_own(records, cache, 
             record = records[index]
             expected = image_tensor(open_image(record.image), 12)
             torch.testing.assert_close(batch.images[batch.image_index[row]], expected, rtol=0, atol=0)
-            torch.testing.assert_close(batch.masks[row], mask_tensor(record.mask(), 12), rtol=0, atol=0)
+            torch.testing.assert_close(
+                batch.masks[row], torch.from_numpy(resize_mask(record.mask(), 12, 12)).float(), rtol=0, atol=0
+            )
             words = batch.token_ids[row][batch.language_mask[row]]
             assert words.tolist() == TOKENIZER(record.expression)["input_ids"]
 
@@ -101,7 +103,9 @@ def test_cached_masks_survive_the_way_to_another_process(records):
     # Fresh objects get fresh addresses: a cache by address would answer with another object's mask.
     moved = pickle.loads(pickle.dumps(dataset))
     for index, record in enumerate(records):
-        torch.testing.assert_close(moved[index].mask, mask_tensor(record.mask(), 12), rtol=0, atol=0)
+        torch.testing.assert_close(
+            moved[index].mask, torch.from_numpy(resize_mask(record.mask(), 12, 12)).float(), rtol=0, atol=0
+        )
 
 
 def test_cache_hands_out_copies_that_a_caller_may_change(records):

@@ -15,7 +15,6 @@ from PIL import Image, ImageOps
 from reference_model.data.transforms import (
     image_pixels,
     image_tensor,
-    mask_tensor,
     open_image,
     resize_mask,
 )
@@ -236,7 +235,7 @@ def test_mask_stays_on_its_object(height_width, corners, size):
     mask[top:bottom, left:right] = True
     image = Image.fromarray((mask[..., None] * np.ones(3)).astype(np.uint8) * 255)
     bright = image_pixels(image, size)[0].float() / 255
-    resized = mask_tensor(mask, size)
+    resized = torch.from_numpy(resize_mask(mask, size, size)).float()
     assert resized.unique().tolist() in ([0.0], [1.0], [0.0, 1.0])
     # Only pixels near the edge may blend: half a pixel of the coarser grid, and one for rounding. The border
     # of the image counts as an edge, for a strip of background there may be too thin to be sampled.
@@ -254,7 +253,7 @@ def test_bright_square_and_its_mask_coincide_under_a_large_stretch():
     mask[4:8, 5:9] = True
     image = Image.fromarray((mask[..., None] * np.ones(3)).astype(np.uint8) * 255)
     bright = image_pixels(image, 200)[0].float()
-    truth = mask_tensor(mask, 200)
+    truth = torch.from_numpy(resize_mask(mask, 200, 200)).float()
     assert truth[40:80, 100:180].all() and truth.sum() == 40 * 80
     for picture in (bright, truth):  # blended edges leave the centre of mass where it was
         rows, columns = (picture.sum(dim) / picture.sum() for dim in (1, 0))
