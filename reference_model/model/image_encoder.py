@@ -42,10 +42,7 @@ class ImageEncoder(nn.Module):
         if name.startswith("swin"):
             # Window tables and shift masks depend on the size; 480 is not a multiple of 32 x window 12.
             options = {"img_size": image_size, "strict_img_size": False, **options}
-        if weights is None:
-            self.backbone = _timm_model(name, options, pretrained=pretrained)
-        else:
-            self.backbone = _timm_model(name, options, weights=weights)
+        self.backbone = _timm_model(name, options, pretrained=pretrained, weights=weights)
         # Four stages; some families give a fifth map, finer than the paper's.
         self.channels: list[int] = self.backbone.feature_info.channels()[-4:]
         self.strides: list[int] = self.backbone.feature_info.reduction()[-4:]
@@ -65,9 +62,7 @@ class ImageEncoder(nn.Module):
         return [rearrange(x, "b h w c -> b c h w") for x in maps]
 
 
-def _timm_model(
-    name: str, options: dict[str, Any], *, pretrained: bool = False, weights: Path | None = None
-) -> nn.Module:
+def _timm_model(name: str, options: dict[str, Any], *, pretrained: bool, weights: Path | None) -> nn.Module:
     overlay = {} if weights is None else {"pretrained_cfg_overlay": {"file": str(weights)}}
     load = pretrained or weights is not None
     state = torch.random.get_rng_state()
