@@ -25,6 +25,8 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n auto --maxprocesses 4
+# The triton kernels once more, in Triton's interpreter: it reads the variable when a kernel is defined.
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 tests/ops -k triton
 
 test-slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -m slow

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from metris_blocks.ops import absorbed_attention, explain_backends, masked_attention
+from metris_blocks.ops import explain_backends, masked_attention
 
 N, L, C, D, HEADS = 225, 21, 1024, 768, 8
 
@@ -21,28 +21,5 @@ def bench_masked_attention(benchmark, b, backend, backward):
     def run():
         out = masked_attention(*leaves, mask, backend=backend)
         return torch.autograd.grad(out.sum(), leaves) if backward else out
-
-    benchmark(run)
-
-
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward-backward"])
-@pytest.mark.parametrize("absorbed", [True, False], ids=["absorbed", "projected"])
-@pytest.mark.parametrize("b", [1, 8])
-@pytest.mark.benchmark(group="attention with its projections")
-def bench_projected_attention(benchmark, b, absorbed, backward):
-    weights = [torch.randn(D, width, requires_grad=backward) / width**0.5 for width in (D, C, C)]
-    tokens, visual = torch.randn(b, L, D), torch.randn(b, N, C)
-    mask = torch.rand(b, L, N) < 0.3
-
-    def attend():
-        if absorbed:
-            return absorbed_attention(tokens, visual, mask, *weights, num_heads=HEADS)
-        pairs = zip((tokens, visual, visual), weights, strict=True)
-        projected = [torch.nn.functional.linear(x, w).unflatten(-1, (HEADS, -1)) for x, w in pairs]
-        return masked_attention(*projected, mask).flatten(2)
-
-    def run():
-        out = attend()
-        return torch.autograd.grad(out.sum(), weights) if backward else out
 
     benchmark(run)

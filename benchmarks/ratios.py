@@ -2,18 +2,19 @@
 
     python -m benchmarks.ratios            # sizes of 480 px: b=8, l=21, n=225, c=1024, d=768, r=0.3
 
-Each round runs every way once, in turn, and gives a ratio of ours over theirs: machines are
-noisy, a median of ratios is not. Nothing is timed before all ways agree.
+Each round runs every way once, in turn, and gives a ratio of ours over theirs; printed are their medians.
+Nothing is timed before all ways agree.
 """
 
 import argparse
 import json
 import statistics
-import time
+from functools import partial
 
 import torch
 
 from benchmarks.baselines import literal_extractor, sdpa_extractor
+from benchmarks.measure import interleave, ratio
 from metris_blocks import VisualExpressionExtractor
 
 
@@ -48,20 +49,10 @@ def measure(
 
     report = {}
     for mode in (forward, forward_backward):
-        times = {name: [] for name in ways}
-        for _ in range(rounds + 1):  # the first round warms up
-            for name, way in ways.items():
-                start = time.perf_counter()
-                mode(way)
-                times[name].append(time.perf_counter() - start)
+        times = interleave({name: partial(mode, way) for name, way in ways.items()}, rounds)
         report[mode.__name__] = {
-            "ours ms": 1000 * statistics.median(times["ours"][1:]),
-            **{
-                f"ours / {name}": statistics.median(
-                    ours / theirs for ours, theirs in zip(times["ours"][1:], times[name][1:], strict=True)
-                )
-                for name in ("literal", "sdpa")
-            },
+            "ours ms": 1000 * statistics.median(times["ours"]),
+            **{f"ours / {name}": ratio(times["ours"], times[name]) for name in ("literal", "sdpa")},
         }
     return report
 

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from metris_blocks.ops.aggregation import masked_softmax_aggregation
+from metris_blocks.ops.backends import CurationBackend
 
 
 class MaskedSoftmaxAggregation(nn.Module):
@@ -13,30 +14,45 @@ class MaskedSoftmaxAggregation(nn.Module):
         dim: d, channels of the guidance tokens.
         temperature: Divides the scores in the softmax, > 0; 1 is Eq. 5 as printed.
         divide_by_count: Keep the 1/N_p of Eq. 5.
+        backend: As in `top_r_mask`.
 
     Raises:
         ValueError: ``temperature`` is not positive.
     """
 
     def __init__(
-        self, visual_dim: int, dim: int, *, temperature: float = 1.0, divide_by_count: bool = True
+        self,
+        visual_dim: int,
+        dim: int,
+        *,
+        temperature: float = 1.0,
+        divide_by_count: bool = True,
+        backend: CurationBackend = "auto",
     ) -> None:
         super().__init__()
         if not temperature > 0:
             raise ValueError(f"MaskedSoftmaxAggregation: temperature must be > 0, got {temperature:g}")
         self.temperature = temperature
         self.divide_by_count = divide_by_count
+        self.backend: CurationBackend = backend
         # Eq. 5 leaves c -> d unsaid. Projecting after the average costs l rows instead of n.
         self.proj = nn.Linear(visual_dim, dim)
 
-    def forward(self, scores: Tensor, dynamic_mask: Tensor, visual: Tensor) -> Tensor:
-        """(b, l, n), (b, l, n) bool, (b, n, c) -> (b, l, d)."""
+    def forward(
+        self, scores: Tensor, dynamic_mask: Tensor, visual: Tensor, *, assume_finite: bool = False
+    ) -> Tensor:
+        """(b, l, n), (b, l, n) bool, (b, n, c) -> (b, l, d).
+
+        ``assume_finite`` is that of `masked_softmax_aggregation`.
+        """
         aggregated = masked_softmax_aggregation(
             scores,
             dynamic_mask,
             visual,
             temperature=self.temperature,
             divide_by_count=self.divide_by_count,
+            assume_finite=assume_finite,
+            backend=self.backend,
         )
         out: Tensor = self.proj(aggregated)
         return out

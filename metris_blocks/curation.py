@@ -4,8 +4,9 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from metris_blocks.ops.backends import CurationBackend
 from metris_blocks.ops.curation import check_ratio, cosine_relevance, top_r_mask
-from metris_blocks.ops.shapes import check_axes, check_mask
+from metris_blocks.ops.shapes import check_axes, check_mask, zero_unless_any
 
 
 class Curation(NamedTuple):
@@ -25,19 +26,27 @@ class RelevanceCuration(nn.Module):
         language_dim: d, channels of the expression tokens.
         joint_dim: j, width of the joint space; the paper does not say.
         ratio: r, share of the visual tokens kept per expression token, in (0, 1].
+        backend: As in `top_r_mask`.
 
     Raises:
         ValueError: ``ratio`` is outside (0, 1], or ``joint_dim`` below 1.
     """
 
     def __init__(
-        self, visual_dim: int, language_dim: int, joint_dim: int = 256, *, ratio: float = 0.3
+        self,
+        visual_dim: int,
+        language_dim: int,
+        joint_dim: int = 256,
+        *,
+        ratio: float = 0.3,
+        backend: CurationBackend = "auto",
     ) -> None:
         super().__init__()
         check_ratio("RelevanceCuration", ratio)
         if joint_dim < 1:
             raise ValueError(f"RelevanceCuration: joint_dim must be >= 1, got {joint_dim}")
         self.ratio = ratio
+        self.backend: CurationBackend = backend
         self.visual_proj = nn.Linear(visual_dim, joint_dim)
         self.language_proj = nn.Linear(language_dim, joint_dim)
 
@@ -65,13 +74,15 @@ class RelevanceCuration(nn.Module):
         check_mask(owner, **{name: mask for name, (mask, _) in given.items()})
 
         if visual_mask is not None:
-            visual = visual.masked_fill(~visual_mask[..., None], 0)
+            (visual,) = zero_unless_any(visual_mask, visual)
         if language_mask is not None:
-            language = language.masked_fill(~language_mask[..., None], 0)
-        scores = cosine_relevance(self.visual_proj(visual), self.language_proj(language))
+            (language,) = zero_unless_any(language_mask, language)
+        scores = cosine_relevance(
+            self.visual_proj(visual), self.language_proj(language), backend=self.backend
+        )
         if visual_mask is not None:
             scores = scores.masked_fill(~visual_mask[:, None], 0)
-        dynamic_mask = top_r_mask(scores, self.ratio, visual_mask=visual_mask)
+        dynamic_mask = top_r_mask(scores, self.ratio, visual_mask=visual_mask, backend=self.backend)
         if language_mask is not None:
             scores = scores.masked_fill(~language_mask[..., None], 0)
             dynamic_mask = dynamic_mask & language_mask[..., None]

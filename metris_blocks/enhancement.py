@@ -3,8 +3,8 @@
 from torch import Tensor, nn
 
 from metris_blocks.layers import AttentionLayer, Norm
-from metris_blocks.ops.attention import Backend
-from metris_blocks.ops.shapes import check_axes, check_mask
+from metris_blocks.ops.backends import Backend
+from metris_blocks.ops.shapes import check_axes, check_mask, zero_unless_any
 
 
 class LanguageEnhancer(nn.Module):
@@ -77,8 +77,12 @@ class LanguageEnhancer(nn.Module):
         given = {name: (mask, pattern) for name, (mask, pattern) in masks.items() if mask is not None}
         check_axes(owner, **axes, **given)
         check_mask(owner, **{name: mask for name, (mask, _) in given.items()})
+        if visual_mask is not None:
+            (visual,) = zero_unless_any(visual_mask, visual)
         if language_mask is not None:
-            language = language.masked_fill(~language_mask[..., None], 0)
+            (language,) = zero_unless_any(language_mask, language)
         for layer in self.layers:
             language = layer(language, visual, visual_mask)
-        return language if language_mask is None else language.masked_fill(~language_mask[..., None], 0)
+        if language_mask is not None:
+            (language,) = zero_unless_any(language_mask, language)
+        return language

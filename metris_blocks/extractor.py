@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from metris_blocks.aggregation import MaskedSoftmaxAggregation
 from metris_blocks.curation import RelevanceCuration
 from metris_blocks.layers import Norm
-from metris_blocks.ops.attention import Backend
+from metris_blocks.ops.backends import Backend, CurationBackend
+from metris_blocks.ops.shapes import zero_unless_any
 from metris_blocks.refinement import DynamicMaskCrossAttention
 from metris_blocks.relationship import VisualRelationshipSelfAttention
 
@@ -40,7 +41,7 @@ class VisualExpressionExtractor(nn.Module):
         norm: "pre", or "none" for Eq. 6 and 7 to the letter.
         temperature: Divides the scores in the softmax of Eq. 5, > 0; 1 is the paper's.
         divide_by_count: Keep the 1/N_p of Eq. 5.
-        backend: As in `masked_attention`.
+        backend: As in `masked_attention`; "triton" runs curation and aggregation on its kernels too.
     """
 
     def __init__(
@@ -60,9 +61,10 @@ class VisualExpressionExtractor(nn.Module):
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
-        self.curation = RelevanceCuration(visual_dim, language_dim, joint_dim, ratio=ratio)
+        chain: CurationBackend = "triton" if backend == "triton" else "auto"
+        self.curation = RelevanceCuration(visual_dim, language_dim, joint_dim, ratio=ratio, backend=chain)
         self.aggregation = MaskedSoftmaxAggregation(
-            visual_dim, dim, temperature=temperature, divide_by_count=divide_by_count
+            visual_dim, dim, temperature=temperature, divide_by_count=divide_by_count, backend=chain
         )
         self.refinement = DynamicMaskCrossAttention(
             dim,
@@ -96,7 +98,10 @@ class VisualExpressionExtractor(nn.Module):
         scores, dynamic_mask = self.curation(
             visual, language, visual_mask=visual_mask, language_mask=language_mask
         )
-        aggregated = self.aggregation(scores, dynamic_mask, visual)
-        refined = self.refinement(aggregated, visual, dynamic_mask)
+        # Padding is all that may hold NaN: hidden once, here, and not again in every block.
+        if visual_mask is not None:
+            (visual,) = zero_unless_any(visual_mask, visual)
+        aggregated = self.aggregation(scores, dynamic_mask, visual, assume_finite=True)
+        refined = self.refinement(aggregated, visual, dynamic_mask, assume_finite=True)
         tokens = self.relationship(refined, language_mask)
         return VisualExpression(tokens, scores, dynamic_mask)

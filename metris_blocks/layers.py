@@ -5,8 +5,9 @@ from typing import Literal
 from einops import rearrange
 from torch import Tensor, nn
 
-from metris_blocks.ops.attention import Backend, absorbed_attention, masked_attention
-from metris_blocks.ops.shapes import zero_unless_any
+from metris_blocks.ops.absorption import absorbed_attention, absorbs
+from metris_blocks.ops.attention import masked_attention
+from metris_blocks.ops.backends import Backend
 
 Norm = Literal["pre", "none"]
 
@@ -15,7 +16,7 @@ class MultiHeadAttention(nn.Module):
     """Multi-head attention from ``dim``-wide queries to ``context_dim``-wide keys and values.
 
     With ``backend="auto"`` the key and value projections are absorbed (`absorbed_attention`) whenever that
-    takes fewer multiply-adds; the parameters and the result are the same either way.
+    takes fewer multiply-adds (`absorbs`); the parameters and the result are the same either way.
 
     Args:
         dim: Channels of queries and output; a multiple of ``num_heads``.
@@ -47,29 +48,21 @@ class MultiHeadAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(b, l, dim), (b, n, context_dim), (b, l, n) or (b, n) bool -> (b, l, dim)."""
+        """(b, l, dim), (b, n, context_dim), (b, l, n) or (b, n) bool -> (b, l, dim). All finite."""
         attend = self._absorbed if self._absorbs(x, context) else self._projected
         out: Tensor = self.dropout(self.out_proj(attend(x, context, mask)))
         return out
 
     def _absorbs(self, x: Tensor, context: Tensor) -> bool:
-        """Compare multiply-adds per sample: project n keys and values, or widen l rows to c per head."""
         (l, o), (n, c) = x.shape[1:], context.shape[1:]
-        projected = 2 * n * c * o + 2 * l * n * o
-        absorbed = 2 * l * c * o + 2 * l * n * c * self.num_heads
-        return self.backend == "auto" and absorbed < projected
+        return self.backend == "auto" and absorbs(l, n, c, o, self.num_heads)
 
     def _projected(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
-        if mask is not None:
-            # Before the projections too: their weight gradients multiply zeros by what the tokens hold.
-            (context,) = zero_unless_any(mask, context)
-            if mask.ndim == 3:
-                (x,) = zero_unless_any(mask.mT, x)
         query, key, value = (
             rearrange(proj(tokens), "b s (heads e) -> b s heads e", heads=self.num_heads)
             for proj, tokens in ((self.q_proj, x), (self.k_proj, context), (self.v_proj, context))
         )
-        out = masked_attention(query, key, value, mask, backend=self.backend)
+        out = masked_attention(query, key, value, mask, assume_finite=True, backend=self.backend)
         return rearrange(out, "b l heads e -> b l (heads e)")
 
     def _absorbed(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
@@ -83,6 +76,7 @@ class MultiHeadAttention(nn.Module):
             num_heads=self.num_heads,
             query_bias=self.q_proj.bias,
             value_bias=self.v_proj.bias,
+            assume_finite=True,
         )
 
 

@@ -3,8 +3,8 @@
 from torch import Tensor, nn
 
 from metris_blocks.layers import AttentionLayer, Norm
-from metris_blocks.ops.attention import Backend
-from metris_blocks.ops.shapes import check_axes, check_mask
+from metris_blocks.ops.backends import Backend
+from metris_blocks.ops.shapes import check_axes, check_mask, zero_unless_any
 
 
 class DynamicMaskCrossAttention(nn.Module):
@@ -44,11 +44,19 @@ class DynamicMaskCrossAttention(nn.Module):
             backend=backend,
         )
 
-    def forward(self, aggregated: Tensor, visual: Tensor, dynamic_mask: Tensor) -> Tensor:
-        """(b, l, d), (b, n, c), (b, l, n) bool -> refined tokens F_r (b, l, d)."""
+    def forward(
+        self, aggregated: Tensor, visual: Tensor, dynamic_mask: Tensor, *, assume_finite: bool = False
+    ) -> Tensor:
+        """(b, l, d), (b, n, c), (b, l, n) bool -> refined tokens F_r (b, l, d).
+
+        Visual tokens that no row curates may hold anything, NaN too, unless ``assume_finite`` vouches that
+        they do not: that saves a pass over them.
+        """
         owner = "DynamicMaskCrossAttention"
         axes = {"aggregated": (aggregated, "b l d"), "visual": (visual, "b n c")}
         check_axes(owner, **axes, dynamic_mask=(dynamic_mask, "b l n"))
         check_mask(owner, dynamic_mask=dynamic_mask)
+        if not assume_finite:
+            (visual,) = zero_unless_any(dynamic_mask, visual)
         out: Tensor = self.layer(aggregated, visual, dynamic_mask)
         return out

@@ -3,8 +3,8 @@
 from torch import Tensor, nn
 
 from metris_blocks.layers import AttentionLayer, Norm
-from metris_blocks.ops.attention import Backend
-from metris_blocks.ops.shapes import check_axes, check_mask
+from metris_blocks.ops.backends import Backend
+from metris_blocks.ops.shapes import check_axes, check_mask, zero_unless_any
 
 
 class VisualRelationshipSelfAttention(nn.Module):
@@ -44,6 +44,6 @@ class VisualRelationshipSelfAttention(nn.Module):
         owner = "VisualRelationshipSelfAttention"
         check_mask(owner, language_mask=language_mask)
         check_axes(owner, refined=(refined, "b l d"), language_mask=(language_mask, "b l"))
-        padded = ~language_mask[..., None]
-        tokens: Tensor = self.layer(refined.masked_fill(padded, 0), mask=language_mask)
-        return tokens.masked_fill(padded, 0)
+        (refined,) = zero_unless_any(language_mask, refined)
+        (tokens,) = zero_unless_any(language_mask, self.layer(refined, mask=language_mask))
+        return tokens

@@ -4,14 +4,22 @@ import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import settings
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from metris_blocks.ops.backends import triton
+
 torch.set_num_threads(1)
 settings.register_profile(
-    "house", deadline=None, max_examples=40, derandomize=bool(os.environ.get("CI")), print_blob=True
+    "house",
+    deadline=None,
+    # Triton's interpreter takes a tenth of a second where the others take a thousandth.
+    max_examples=5 if triton.INTERPRETED else 40,
+    derandomize=bool(os.environ.get("CI")),
+    print_blob=True,
 )
 settings.load_profile("house")
 
@@ -20,6 +28,17 @@ settings.load_profile("house")
 # number on the way (Higham, Accuracy and Stability, lemma 3.1).
 ROUNDINGS = 512
 TOLERANCE = {dtype: ROUNDINGS * torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32)}
+
+
+_why = triton.reasons(torch.zeros(1))
+TRITON_ON_CPU = pytest.param("triton", marks=pytest.mark.skipif(bool(_why), reason="; ".join(_why)))
+# Where the ops around attention can run.
+DEVICES_AND_BACKENDS = [
+    ("cpu", "eager"),
+    pytest.param("cpu", "triton", marks=TRITON_ON_CPU.marks),
+    pytest.param("cuda", "eager", marks=pytest.mark.cuda),
+    pytest.param("cuda", "triton", marks=pytest.mark.cuda),
+]
 
 
 def assert_equal(actual: Tensor, reference: Tensor, *, largest: float = 1.0) -> None:
@@ -45,6 +64,15 @@ def assert_within_budget(actual: Tensor, eager_lowprec: Tensor, reference64: Ten
     assert actual.dtype == eager_lowprec.dtype
     atol = budget(eager_lowprec, reference64)
     torch.testing.assert_close(actual.double(), reference64, rtol=0, atol=atol)
+
+
+def with_gradients(
+    function: Callable[..., Tensor], leaves: Iterable[Tensor], cotangent: Tensor
+) -> list[Tensor]:
+    """Give the value of ``function`` at ``leaves``, and its gradients to all of them under ``cotangent``."""
+    leaves = [x.detach().clone().requires_grad_() for x in leaves]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, cotangent)]
 
 
 def assert_compiles_once(

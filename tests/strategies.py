@@ -40,18 +40,44 @@ def paddings(draw: st.DrawFn, b: int, s: int) -> Tensor:
     return torch.tensor(draw(st.lists(st.booleans(), min_size=b * s, max_size=b * s))).reshape(b, s)
 
 
-_FEW = [-torch.inf, torch.finfo(torch.float64).min, -1.0, -0.25, -0.0, 0.0, 0.25, 1.0]
+_FEW = [-torch.inf, -3e38, -1.0, -0.25, -0.0, 0.0, 0.25, 1.0]
 
 
 @st.composite
-def tied_scores(draw: st.DrawFn, b: int, l: int, n: int) -> Tensor:
-    """Draw (b, l, n) float64 from few values, so that most rows tie; both zeros and -inf among them."""
+def tied_scores(draw: st.DrawFn, b: int, l: int, n: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Draw (b, l, n) from few values, so that most rows tie; both zeros and -inf among them."""
     values = draw(st.lists(st.sampled_from(_FEW), min_size=b * l * n, max_size=b * l * n))
-    return torch.tensor(values, dtype=torch.float64).reshape(b, l, n)
+    return torch.tensor(values, dtype=dtype).reshape(b, l, n)
 
 
-def distinct_scores(seed: int, b: int, l: int, n: int) -> Tensor:
-    """Draw (b, l, n) float64 in (-1, 1) without two equal scores in a row."""
+def distinct_scores(seed: int, b: int, l: int, n: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Draw (b, l, n) in (-1, 1) without two equal scores in a row."""
     generator = torch.Generator().manual_seed(seed)
     ranks = torch.stack([torch.randperm(n, generator=generator) for _ in range(b * l)])
-    return ((ranks.double() + 0.5) / n * 2 - 1).reshape(b, l, n)
+    return ((ranks.double() + 0.5) / n * 2 - 1).reshape(b, l, n).to(dtype)
+
+
+def mask_of(kind: str, seed: int, b: int, l: int, n: int, *, device: str = "cpu") -> Tensor | None:
+    """Give a mask by its axes, or None for "none".
+
+    In its first sample a row is empty, and no row attends to the last token.
+    """
+    if kind == "none":
+        return None
+    bits = normal(seed, *((b, n) if kind == "b n" else (b, l, n))) > -0.4
+    bits[0, ..., -1] = False
+    bits[(0,) if kind == "b n" else (0, 0)] = False
+    return bits.to(device)
+
+
+def wide(backend: str) -> torch.dtype:
+    """Give the widest dtype that a backend takes: the triton kernels know no float64."""
+    return torch.float32 if backend == "triton" else torch.float64
+
+
+def surrounded(x: Tensor) -> Tensor:
+    """Copy ``x`` into the middle of memory that holds NaN (True for bool): what reads past an end shows."""
+    around = torch.full((x.numel() + 256,), True if x.dtype == torch.bool else torch.nan, dtype=x.dtype)
+    around = around.to(x.device)
+    around[128 : 128 + x.numel()] = x.flatten()
+    return around[128 : 128 + x.numel()].view(x.shape)

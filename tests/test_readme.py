@@ -11,7 +11,7 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("code", EXAMPLES, ids=["blocks", "model"])
+@pytest.mark.parametrize("code", EXAMPLES, ids=["blocks", "kernels", "model"])
 def test_example_runs_and_is_short(code):
     assert len([line for line in code.splitlines() if line.strip()]) <= 12
     exec(compile(code, "README.md", "exec"), {})

@@ -4,6 +4,8 @@ import torch
 from einops import einsum
 from torch import Tensor
 
+from metris_blocks.ops.backends import CurationBackend, check_backend, triton
+from metris_blocks.ops.backends.triton import aggregation as kernels
 from metris_blocks.ops.shapes import at_least_float32, check_axes, check_mask, zero_unless_any
 
 
@@ -32,6 +34,8 @@ def masked_softmax_aggregation(
     *,
     temperature: float = 1.0,
     divide_by_count: bool = True,
+    assume_finite: bool = False,
+    backend: CurationBackend = "auto",
 ) -> Tensor:
     """Average the curated visual tokens of each expression token, weighted by relevance.
 
@@ -44,22 +48,31 @@ def masked_softmax_aggregation(
         visual: (b, n, c) visual tokens F_v. A token that no row curates may hold anything, NaN too.
         temperature: Divides the scores, > 0. Bare cosines give nearly equal weights; smaller is sharper.
         divide_by_count: Keep the 1/N_p of Eq. 5; False gives a plain softmax average.
+        assume_finite: Vouch that tokens no row curates are finite as well: saves a pass over ``visual``.
+        backend: As in `top_r_mask`.
 
     Returns:
         (b, l, c) aggregated tokens F_a, dtype of ``visual``. A row with nothing curated is zero.
 
     Raises:
-        ValueError: An axis differs between arguments, or ``temperature`` is not positive.
+        ValueError: An axis differs between arguments, ``temperature`` is not positive, or ``backend`` is
+            unknown.
         TypeError: ``dynamic_mask`` is not bool.
+        NotImplementedError: A named backend cannot run; the message lists every reason.
     """
     op = "masked_softmax_aggregation"
     check_axes(op, scores=(scores, "b l n"), dynamic_mask=(dynamic_mask, "b l n"), visual=(visual, "b n c"))
     check_mask(op, dynamic_mask=dynamic_mask)
     if not temperature > 0:
         raise ValueError(f"{op}: temperature must be > 0, got {temperature:g}")
+    if backend != "auto":
+        check_backend(op, backend, {"eager": [], "triton": triton.reasons(visual, scores)})
+    if backend == "triton":
+        return kernels.aggregate(scores, dynamic_mask, visual, temperature, divide_by_count)
 
     weights = masked_softmax(at_least_float32(scores) / temperature, dynamic_mask)
-    (visual,) = zero_unless_any(dynamic_mask, visual)
+    if not assume_finite:
+        (visual,) = zero_unless_any(dynamic_mask, visual)
     out = einsum(weights.to(visual.dtype), visual, "b l n, b n c -> b l c").to(visual.dtype)
     if not divide_by_count:
         return out

@@ -7,10 +7,12 @@ from einops import einsum
 from torch import Tensor
 from torch.nn import functional as F
 
+from metris_blocks.ops.backends import CurationBackend, check_backend, triton
+from metris_blocks.ops.backends.triton import curation as kernels
 from metris_blocks.ops.shapes import at_least_float32, check_axes, check_mask
 
 
-def cosine_relevance(visual: Tensor, language: Tensor) -> Tensor:
+def cosine_relevance(visual: Tensor, language: Tensor, *, backend: CurationBackend = "auto") -> Tensor:
     """Score every visual token against every expression token by cosine similarity.
 
     METRIS Eq. 2: ``S_c = C(X, Y)``, ``S_c[l, n] = X[n]·Y[l] / (|X[n]| |Y[l]|)``. Autocast is off inside:
@@ -19,21 +21,34 @@ def cosine_relevance(visual: Tensor, language: Tensor) -> Tensor:
     Args:
         visual: (b, n, j) visual tokens X in the joint space.
         language: (b, l, j) expression tokens Y in the joint space.
+        backend: As in `top_r_mask`.
 
     Returns:
         (b, l, n) cosines in [-1, 1], no unit; float32, or wider where the inputs are. A zero vector scores 0.
 
     Raises:
-        ValueError: An axis differs between the arguments.
+        ValueError: An axis differs between the arguments, or ``backend`` is unknown.
+        NotImplementedError: A named backend cannot run; the message lists every reason.
     """
-    check_axes("cosine_relevance", visual=(visual, "b n j"), language=(language, "b l j"))
+    op = "cosine_relevance"
+    check_axes(op, visual=(visual, "b n j"), language=(language, "b l j"))
+    if backend != "auto":
+        check_backend(op, backend, {"eager": [], "triton": triton.reasons(visual, language)})
+    if backend == "triton":
+        return kernels.relevance(visual, language)
     with torch.autocast(visual.device.type, enabled=False):
         x = F.normalize(at_least_float32(visual), dim=-1)
         y = F.normalize(at_least_float32(language), dim=-1)
         return einsum(y, x, "b l j, b n j -> b l n")
 
 
-def top_r_mask(scores: Tensor, ratio: float, *, visual_mask: Tensor | None = None) -> Tensor:
+def top_r_mask(
+    scores: Tensor,
+    ratio: float,
+    *,
+    visual_mask: Tensor | None = None,
+    backend: CurationBackend = "auto",
+) -> Tensor:
     """Mark the ``ratio`` most relevant visual tokens of each expression token.
 
     METRIS Eq. 2-3: ``E = R(S_c, r)``, here as the mask of E. Each row keeps exactly
@@ -44,32 +59,46 @@ def top_r_mask(scores: Tensor, ratio: float, *, visual_mask: Tensor | None = Non
         scores: (b, l, n) relevance S_c, no unit.
         ratio: r, share of the visual tokens to keep, in (0, 1].
         visual_mask: (b, n) bool; True = real visual token. None: all are real.
+        backend: "auto", which is "eager", or one of "eager" and "triton"; a named one never falls back.
 
     Returns:
         (b, l, n) bool; True = curated. A sample without real visual tokens has empty rows.
 
     Raises:
-        ValueError: ``ratio`` is outside (0, 1], or an axis differs between the arguments.
+        ValueError: ``ratio`` is outside (0, 1], an axis differs between the arguments, or ``backend`` is
+            unknown.
         TypeError: ``visual_mask`` is not bool.
+        NotImplementedError: A named backend cannot run; the message lists every reason.
     """
     op = "top_r_mask"
     check_ratio(op, ratio)
-    n = check_axes(op, scores=(scores, "b l n"))["n"]
+    b, _, n = check_axes(op, scores=(scores, "b l n")).values()
+    if backend != "auto":
+        why = [*triton.reasons(scores), *kernels.select_reasons(scores)]
+        check_backend(op, backend, {"eager": [], "triton": why})
+    if visual_mask is None:
+        count = torch.full((b,), max(1, math.floor(ratio * n + 0.5)), device=scores.device)
+    else:
+        check_axes(op, scores=(scores, "b l n"), visual_mask=(visual_mask, "b n"))
+        check_mask(op, visual_mask=visual_mask)
+        n_valid = visual_mask.sum(dim=-1)
+        # float64, since 0.3 · 225 in float32 is not the 67.5 that rounds up.
+        count = torch.floor(ratio * n_valid.double() + 0.5).long().clamp_min(1).minimum(n_valid)
+    if backend == "triton":
+        return kernels.select(scores, count, visual_mask)
+
     # -0.0 equals 0.0 in the definition; radix sorts on some devices order their bits.
     scores = torch.where(scores == 0, 0.0, scores.detach())
     # torch.topk leaves the order of ties open; a stable sort does not.
     order = scores.sort(dim=-1, descending=True, stable=True).indices
     if visual_mask is None:
-        kept = torch.arange(n, device=scores.device) < max(1, math.floor(ratio * n + 0.5))
-        return _in_place_of_rank(order, kept)
-    check_axes(op, scores=(scores, "b l n"), visual_mask=(visual_mask, "b n"))
-    check_mask(op, visual_mask=visual_mask)
-    n_valid = visual_mask.sum(dim=-1)
-    # float64, since 0.3 · 225 in float32 is not the 67.5 that rounds up.
-    count = torch.floor(ratio * n_valid.double() + 0.5).long().clamp_min(1).minimum(n_valid)
-    # Rank among the real tokens only: whatever padding scores, -inf and NaN too, it is passed over.
-    real = visual_mask[:, None].expand_as(order).gather(-1, order)
-    return _in_place_of_rank(order, real & (real.cumsum(dim=-1) <= count[:, None, None]))
+        kept = torch.arange(n, device=scores.device) < count[:, None, None]
+    else:
+        # Rank among the real tokens only: whatever padding scores, -inf and NaN too, it is passed over.
+        real = visual_mask[:, None].expand_as(order).gather(-1, order)
+        kept = real & (real.cumsum(dim=-1) <= count[:, None, None])
+    # Carry the marks, given by rank, back to the tokens that hold these ranks.
+    return torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, kept.expand_as(order))
 
 
 def check_ratio(owner: str, ratio: float) -> None:
@@ -83,8 +112,3 @@ def check_ratio(owner: str, ratio: float) -> None:
             f"; the paper's r = {ratio:g} means per cent, here {ratio / 100:g}" if 1 < ratio <= 100 else ""
         )
         raise ValueError(f"{owner}: ratio must be in (0, 1], got {ratio:g}{percent}")
-
-
-def _in_place_of_rank(order: Tensor, kept: Tensor) -> Tensor:
-    """Carry marks given by rank, (b, l, n) or (n), back to the tokens that hold these ranks."""
-    return torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, kept.expand_as(order))

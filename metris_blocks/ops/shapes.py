@@ -44,6 +44,23 @@ def check_mask(op: str, **masks: Tensor) -> None:
             raise TypeError(f"{op}: {name} must be bool (True = takes part), got {mask.dtype}")
 
 
+def mask_axes(mask: Tensor | None) -> dict[str, tuple[Tensor, str]]:
+    """Give `check_axes` the mask of an attention, (b, l, n) or (b, n), or nothing where there is none."""
+    if mask is None:
+        return {}
+    return {"mask": (mask, "b n" if mask.ndim == 2 else "b l n")}
+
+
+def per_row(op: str, mask: Tensor, l: int) -> Tensor:
+    """Check a mask (b, l, n) or (b, n) and give it as (b, l, n), without a copy.
+
+    Raises:
+        TypeError: ``mask`` is not bool.
+    """
+    check_mask(op, mask=mask)
+    return mask if mask.ndim == 3 else mask[:, None].expand(-1, l, -1)
+
+
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Widen 16-bit floats to float32; leave float32 and float64 as they are."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

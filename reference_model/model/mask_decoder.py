@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metris_blocks.layers import AttentionLayer, Norm
-from metris_blocks.ops.attention import Backend
+from metris_blocks.ops.backends import Backend
 
 
 class Fusion(nn.Sequential):

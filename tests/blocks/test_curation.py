@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from metris_blocks import RelevanceCuration
+from metris_blocks.ops import cosine_relevance, top_r_mask
 from tests import paper
 from tests.conftest import assert_compiles_once, assert_equal
 from tests.strategies import normal, paddings, ratios, seeds, sizes
@@ -70,6 +71,31 @@ def test_scores_stay_float32_under_autocast_and_decide_the_mask(autocast):
     # A score of 16 bits would survive the cast to 16 bits and back; of 1800 scores in 32 bits, few do.
     assert (scores.to(autocast).float() == scores).float().mean() < 0.5
     assert mask.equal(paper.eq3_dynamic_mask(paper.eq2_curate(scores, 0.3), 225))
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+def test_autocast_moves_the_selection_only_as_rounding_of_the_inputs_explains(autocast):
+    tensors = inputs(0, 2, 4, 225)
+    project = lambda curation: (curation.visual_proj, curation.language_proj)
+    exact = [proj(x) for proj, x in zip(project(block()), tensors, strict=True)]
+    curation = block().float()
+    with torch.autocast("cpu", dtype=autocast):
+        rounded = [proj(x.float()) for proj, x in zip(project(curation), tensors, strict=True)]
+        kept = curation(*(x.float() for x in tensors)).dynamic_mask
+    assert all(x.dtype == autocast for x in rounded)
+    # Exactly the top r of the rounded tokens: the scores themselves are not rounded, nor tied by it.
+    assert kept.equal(top_r_mask(cosine_relevance(*(x.double() for x in rounded)), 0.3))
+    # A token moved by a share of its length turns by that angle at most: scores farther from the edge than
+    # both angles, theirs and those of the tokens at the edge, stay on their side.
+    scores = cosine_relevance(*exact)
+    mask = top_r_mask(scores, 0.3)
+    worst_kept = scores.masked_fill(~mask, math.inf).amin(dim=-1, keepdim=True)
+    best_left = scores.masked_fill(mask, -math.inf).amax(dim=-1, keepdim=True)
+    moved = sum(
+        ((x.double() - y).norm(dim=-1) / y.norm(dim=-1)).amax() for x, y in zip(rounded, exact, strict=True)
+    )
+    certain = torch.where(mask, scores - best_left, worst_kept - scores) > 4 * moved
+    assert (kept == mask)[certain].all() and certain.double().mean() > 0.5
 
 
 def test_larger_ratio_curates_a_superset_with_the_same_weights():

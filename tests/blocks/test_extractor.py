@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import pad
 
+from benchmarks.measure import peak_bytes
+from benchmarks.scaling import fitted_exponent
 from metris_blocks import VisualExpressionExtractor
 from metris_blocks.layers import MultiHeadAttention
 from tests import paper
@@ -241,6 +243,24 @@ def test_finite_under_autocast_with_float32_scores(backend, autocast):
     assert out.scores.dtype == torch.float32 and out.tokens.isfinite().all()
     assert out.tokens[~masks["language_mask"]].eq(0).all()
     assert all(x.grad.isfinite().all() for x in (*leaves, *extractor.parameters()))
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_peak_memory_holds_nothing_of_l_n_c_and_grows_linearly(backward):
+    l, c, d = 21, 64, 16
+    extractor = VisualExpressionExtractor(c, d, d, joint_dim=8, num_heads=2, mlp_ratio=1)
+    peaks = {}
+    for n in (900, 3600, 14400):
+        leaves = [torch.randn(1, s, width, requires_grad=backward) for s, width in ((n, c), (l, d))]
+
+        def run(leaves=leaves):
+            tokens = extractor(*leaves).tokens
+            return torch.autograd.grad(tokens.sum(), leaves) if backward else tokens
+
+        with torch.set_grad_enabled(backward):
+            peaks[n] = peak_bytes(run)
+        assert peaks[n] < 4 * l * n * c
+    assert 0.8 < fitted_exponent(peaks) < 1.1
 
 
 def test_same_result_twice():

@@ -9,12 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metris_blocks.ops import absorbed_attention, attention, explain_backends, masked_attention
+from metris_blocks.ops import attention, auto_backend, explain_backends, masked_attention
+from metris_blocks.ops.backends import Backend
 from tests import paper
-from tests.conftest import assert_compiles_once, assert_equal, assert_within_budget
-from tests.strategies import masks, normal, paddings, seeds, sizes
+from tests.conftest import assert_compiles_once, assert_equal, assert_within_budget, with_gradients
+from tests.strategies import mask_of, masks, normal, paddings, seeds, sizes, surrounded, wide
 
-NAMED = [name for name in get_args(attention.Backend) if name != "auto"]
+NAMED = [name for name in get_args(Backend) if name != "auto"]
 CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
 on_each_device = pytest.mark.parametrize("device", ["cpu", CUDA])
 with_each_backend = pytest.mark.parametrize("backend", [*NAMED, "auto"])
@@ -25,16 +26,6 @@ SIZES = sizes("b l n heads e", largest=4)
 def inputs(seed, b, l, n, heads, e, *, dtype=torch.float64, device="cpu"):
     shapes = (b, l, heads, e), (b, n, heads, e), (b, n, heads, e)
     return tuple(normal(seed + i, *shape, dtype=dtype).to(device) for i, shape in enumerate(shapes))
-
-
-def mask_of(kind, seed, b, l, n, *, device="cpu"):
-    """A mask with an empty row in its first sample, and a token there that no row attends to."""
-    if kind == "none":
-        return None
-    bits = normal(seed, *((b, n) if kind == "b n" else (b, l, n))) > -0.4
-    bits[0, ..., -1] = False
-    bits[(0,) if kind == "b n" else (0, 0)] = False
-    return bits.to(device)
 
 
 def need(backend, *tensors):
@@ -52,12 +43,6 @@ def textbook(query, key, value, mask):
     return torch.einsum("bhln,bnhe->blhe", logits.softmax(dim=-1).nan_to_num(0), value)
 
 
-def with_gradients(function, leaves, cotangent):
-    leaves = [x.detach().clone().requires_grad_() for x in leaves]
-    out = function(*leaves)
-    return [out.detach(), *torch.autograd.grad(out, leaves, cotangent)]
-
-
 # ------------------------------------------------------------------------------------------------- equation
 
 
@@ -65,12 +50,13 @@ def with_gradients(function, leaves, cotangent):
 @given(data=st.data(), size=SIZES, seed=seeds)
 def test_equals_paper_equation(backend, data, size, seed):
     b, l, n, _, _ = size
-    tensors = inputs(seed, *size)
+    tensors = inputs(seed, *size, dtype=wide(backend))
     mask = data.draw(st.one_of(st.none(), masks(b, l, n), paddings(b, n)))
     need(backend, *tensors, mask)
     scale = data.draw(st.sampled_from([None, 0.1, 2.0]))
     out = masked_attention(*tensors, mask, scale=scale, backend=backend)
-    assert_equal(out, paper.attention(*tensors, mask, scale=scale), largest=10)
+    exact = paper.attention(*(x.double() for x in tensors), mask, scale=scale)
+    assert_equal(out, exact, largest=10)
 
 
 @on_each_device
@@ -163,10 +149,10 @@ def test_what_a_token_nobody_attends_to_holds_reaches_nothing(device, backend, k
 @given(data=st.data(), size=SIZES, seed=seeds)
 def test_mask_of_tokens_is_the_same_mask_for_every_row(backend, data, size, seed):
     b, l, n, _, _ = size
-    tensors, mask = inputs(seed, *size), data.draw(paddings(b, n))
+    tensors, mask = inputs(seed, *size, dtype=wide(backend)), data.draw(paddings(b, n))
     need(backend, *tensors, mask)
-    wide = mask[:, None].repeat(1, l, 1)
-    one, other = (masked_attention(*tensors, m, backend=backend) for m in (mask, wide))
+    rows = mask[:, None].repeat(1, l, 1)
+    one, other = (masked_attention(*tensors, m, backend=backend) for m in (mask, rows))
     assert one.equal(other)
     full = torch.ones_like(mask)
     assert_equal(
@@ -178,10 +164,10 @@ def test_mask_of_tokens_is_the_same_mask_for_every_row(backend, data, size, seed
 @given(data=st.data(), size=SIZES, seed=seeds, more=st.integers(1, 9))
 def test_extending_the_padding_changes_nothing(backend, data, size, seed, more):
     b, l, n, heads, e = size
-    tensors, mask = inputs(seed, *size), data.draw(masks(b, l, n))
+    tensors, mask = inputs(seed, *size, dtype=wide(backend)), data.draw(masks(b, l, n))
     need(backend, *tensors, mask)
     query, key, value = tensors
-    extra = torch.full((b, more, heads, e), math.nan, dtype=torch.float64)
+    extra = torch.full((b, more, heads, e), math.nan, dtype=wide(backend))
     longer = (query, torch.cat([key, extra], dim=1), torch.cat([value, extra], dim=1))
     long_mask = torch.nn.functional.pad(mask, (0, more), value=False)
     assert_equal(
@@ -194,7 +180,7 @@ def test_extending_the_padding_changes_nothing(backend, data, size, seed, more):
 @given(data=st.data(), size=SIZES, seed=seeds)
 def test_order_of_tokens_does_not_matter(backend, data, size, seed):
     b, l, n, _, _ = size
-    (query, key, value), mask = inputs(seed, *size), data.draw(masks(b, l, n))
+    (query, key, value), mask = inputs(seed, *size, dtype=wide(backend)), data.draw(masks(b, l, n))
     need(backend, query, key, value, mask)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     assert_equal(
@@ -208,7 +194,7 @@ def test_order_of_tokens_does_not_matter(backend, data, size, seed):
 @with_each_mask
 def test_inputs_may_have_any_strides(device, backend, kind):
     size = (2, 3, 7, 2, 8)
-    tensors = inputs(0, *size, device=device)
+    tensors = inputs(0, *size, device=device, dtype=wide(backend))
     mask = mask_of(kind, 9, *size[:3], device=device)
     need(backend, *tensors, mask)
     strided = [x.transpose(1, 3).contiguous().transpose(1, 3) for x in tensors]
@@ -224,14 +210,32 @@ def test_inputs_may_have_any_strides(device, backend, kind):
 @on_each_device
 @with_each_backend
 @with_each_mask
+@pytest.mark.parametrize("size", [(2, 3, 7, 2, 8), (1, 17, 33, 1, 24)], ids=str)
+def test_nothing_is_read_beyond_the_tensors(device, backend, kind, size):
+    tensors = inputs(0, *size, dtype=torch.float32, device=device)
+    mask = mask_of(kind, 9, *size[:3], device=device)
+    need(backend, *tensors, mask)
+    results = []
+    for place in (torch.clone, surrounded):
+        placed = [place(x).requires_grad_() for x in tensors]
+        out = masked_attention(*placed, None if mask is None else place(mask), backend=backend)
+        results.append([out, *torch.autograd.grad(out, placed, place(torch.ones_like(out)))])
+    for alone, among_nan in zip(*results, strict=True):
+        assert alone.isfinite().all() and among_nan.equal(alone)
+
+
+@on_each_device
+@with_each_backend
+@with_each_mask
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_same_result_twice(device, backend, kind, dtype):
     size = (2, 21, 225, 3, 8)
     tensors = inputs(0, *size, dtype=dtype, device=device)
     mask = mask_of(kind, 9, *size[:3], device=device)
     need(backend, *tensors, mask)
-    first, second = (masked_attention(*tensors, mask, backend=backend) for _ in range(2))
-    assert first.equal(second)
+    run = lambda *leaves: masked_attention(*leaves, mask, backend=backend)
+    first, second = (with_gradients(run, tensors, torch.ones_like(tensors[0])) for _ in range(2))
+    assert all(x.equal(y) for x, y in zip(first, second, strict=True))
 
 
 @on_each_device
@@ -250,92 +254,10 @@ def test_autocast_stays_within_the_error_of_textbook_code(device, backend, kind,
     assert_within_budget(out.to(dtype), plain, reference)
 
 
-# ------------------------------------------------------------------------------- absorbed: the same function
-
-
-def weights_of(seed, d, c, o, *, query_bias=True, value_bias=True):
-    weights = [normal(seed + i, o, width) for i, width in enumerate((d, c, c))]
-    return weights, normal(seed + 3, o) if query_bias else None, normal(seed + 4, o) if value_bias else None
-
-
-def project_and_attend(tokens, visual, mask, query_weight, key_weight, value_weight, **options):
-    """What `absorbed_attention` replaces."""
-    heads, scale = options["num_heads"], options.get("scale")
-    biases = options.get("query_bias"), None, options.get("value_bias")
-    projected = [
-        torch.nn.functional.linear(x, weight, bias).unflatten(-1, (heads, -1))
-        for x, weight, bias in zip(
-            (tokens, visual, visual), (query_weight, key_weight, value_weight), biases, strict=True
-        )
-    ]
-    return masked_attention(*projected, mask, scale=scale, backend="eager").flatten(2)
-
-
-@given(st.data(), sizes("b l n d c e"), st.integers(1, 3), seeds, st.booleans(), st.booleans())
-def test_absorbed_equals_projecting_in_values_and_gradients(data, size, heads, seed, query_bias, value_bias):
-    b, l, n, d, c, e = size
-    weights, bias_q, bias_v = weights_of(seed, d, c, heads * e, query_bias=query_bias, value_bias=value_bias)
-    mask = data.draw(st.one_of(st.none(), masks(b, l, n), paddings(b, n)))
-    given_biases = {"query_bias": bias_q, "value_bias": bias_v}
-    biases = {name: bias for name, bias in given_biases.items() if bias is not None}
-    scale = data.draw(st.sampled_from([None, 0.3]))
-
-    def call(function):
-        def run(tokens, visual, *rest):
-            named = dict(zip(biases, rest[3:], strict=True))
-            return function(tokens, visual, mask, *rest[:3], num_heads=heads, scale=scale, **named)
-
-        leaves = (normal(seed + 7, b, l, d), normal(seed + 8, b, n, c), *weights, *biases.values())
-        return with_gradients(run, leaves, normal(seed + 9, b, l, heads * e))
-
-    for absorbed, projected in zip(call(absorbed_attention), call(project_and_attend), strict=True):
-        largest = max(1.0, float(projected.abs().max()))
-        torch.testing.assert_close(absorbed, projected, rtol=0, atol=1e-12 * largest * 10)
-
-
-@pytest.mark.parametrize("held", [math.nan, math.inf])
-@pytest.mark.parametrize("kind", ["b l n", "b n"])
-def test_absorbed_hides_what_nobody_attends_to_and_empties_empty_rows(held, kind):
-    b, l, n, d, c, heads = 2, 3, 7, 4, 5, 2
-    mask = mask_of(kind, 9, b, l, n)
-    mask[1, ..., 2] = False
-    unseen = ~(mask.any(dim=1) if kind == "b l n" else mask)
-    empty = ~(mask.any(dim=-1) if kind == "b l n" else mask.any(dim=-1, keepdim=True).expand(b, l))
-    weights, bias_q, bias_v = weights_of(0, d, c, 8)
-    run = lambda tokens, visual, w_q, w_k, w_v, b_q, b_v: absorbed_attention(
-        tokens, visual, mask, w_q, w_k, w_v, num_heads=heads, query_bias=b_q, value_bias=b_v
-    )
-    results = []
-    for fill in (0.0, held):
-        tokens = normal(7, b, l, d).masked_fill(empty[..., None], fill)
-        visual = normal(8, b, n, c).masked_fill(unseen[..., None], fill)
-        leaves = (tokens, visual, *weights, bias_q, bias_v)
-        results.append(with_gradients(run, leaves, torch.ones(b, l, 8, dtype=torch.float64)))
-    for clean, poisoned in zip(*results, strict=True):
-        assert clean.isfinite().all() and poisoned.equal(clean)
-    out, tokens_grad, visual_grad, *_ = results[1]
-    assert out[empty].eq(0).all() and tokens_grad[empty].eq(0).all() and visual_grad[unseen].eq(0).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_absorbed_16_bit_stays_near_the_error_of_projecting(dtype):
-    b, l, n, d, c, heads = 2, 21, 225, 32, 64, 4
-    weights, bias_q, bias_v = weights_of(0, d, c, 32)
-    tensors = [normal(7, b, l, d), normal(8, b, n, c), *(w / math.sqrt(w.shape[1]) for w in weights)]
-    mask = mask_of("b l n", 9, b, l, n)
-    options = {"num_heads": heads, "query_bias": bias_q, "value_bias": bias_v}
-    low = [x.to(dtype) for x in tensors]
-    low_options = {"num_heads": heads, "query_bias": bias_q.to(dtype), "value_bias": bias_v.to(dtype)}
-    reference = project_and_attend(*tensors[:2], mask, *tensors[2:], **options)
-    plain = project_and_attend(*low[:2], mask, *low[2:], **low_options)
-    out = absorbed_attention(*low[:2], mask, *low[2:], **low_options)
-    assert_within_budget(out, plain, reference)
-
-
 # ------------------------------------------------------------------------------------------------- gradient
 
 
-@with_each_backend
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "auto"])
 @with_each_mask
 def test_gradients(backend, kind):
     size = (2, 2, 3, 2, 2)
@@ -346,20 +268,6 @@ def test_gradients(backend, kind):
     assert torch.autograd.gradcheck(attend, leaves)
     if backend == "eager":
         assert torch.autograd.gradgradcheck(attend, leaves)
-
-
-@with_each_mask
-def test_absorbed_gradients(kind):
-    b, l, n, d, c = 1, 2, 3, 2, 3
-    mask = mask_of(kind, 3, b, l, n)
-    weights, bias_q, bias_v = weights_of(0, d, c, 4)
-    attend = lambda tokens, visual, w_q, w_k, w_v, b_q, b_v: absorbed_attention(
-        tokens, visual, mask, w_q, w_k, w_v, num_heads=2, query_bias=b_q, value_bias=b_v
-    )
-    leaves = [normal(7, b, l, d), normal(8, b, n, c), *weights, bias_q, bias_v]
-    leaves = [x.requires_grad_() for x in leaves]
-    assert torch.autograd.gradcheck(attend, leaves)
-    assert torch.autograd.gradgradcheck(attend, leaves)
 
 
 # -------------------------------------------------------------------------------------------------- compile
@@ -375,17 +283,6 @@ def test_compiles_once_for_all_sizes_of_the_data(backend, kind):
         need(backend, *tensors, mask)
         cases.append(((*(x.requires_grad_() for x in tensors), mask), {"backend": backend}))
     assert_compiles_once(masked_attention, cases)
-
-
-def test_absorbed_compiles_once_for_all_sizes():
-    cases = []
-    for b, l, n, d, c in ((2, 3, 7, 4, 5), (5, 6, 9, 8, 10)):
-        weights, bias_q, bias_v = weights_of(0, d, c, 12)
-        leaves = [normal(7, b, l, d), normal(8, b, n, c), *weights]
-        tokens, visual, *weights = (x.requires_grad_() for x in leaves)
-        options = {"num_heads": 2, "query_bias": bias_q, "value_bias": bias_v.requires_grad_()}
-        cases.append(((tokens, visual, mask_of("b l n", 9, b, l, n), *weights), options))
-    assert_compiles_once(absorbed_attention, cases)
 
 
 # -------------------------------------------------------------------------------------- choice and refusals
@@ -412,10 +309,63 @@ def test_explain_backends_agrees_with_what_happens(device, kind, e, dtype):
             assert out.shape == tensors[0].shape and out.isfinite().all()
 
 
+@on_each_device
+@with_each_mask
+@pytest.mark.parametrize("backend", [*NAMED, "auto"])
+def test_assume_finite_changes_nothing_where_it_is_true(device, backend, kind):
+    tensors = inputs(0, 2, 3, 7, 2, 8, dtype=torch.float32, device=device)
+    mask = mask_of(kind, 9, 2, 3, 7, device=device)
+    need(backend, *tensors, mask)
+    careful, trusting = (
+        masked_attention(*tensors, mask, backend=backend, assume_finite=known) for known in (False, True)
+    )
+    assert_equal(trusting, careful)
+
+
+def on_gpu(l, e=16, dtype=torch.bfloat16):
+    """What the choice of a backend reads of a tensor, without a GPU to put one on."""
+    shape = (2, l, 4, e)
+    return SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, shape=shape, ndim=4)
+
+
+def test_auto_prefers_xformers_on_a_gpu_where_it_can_run(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(attention.xformers, "_missing", lambda load: "")
+    proxies = [on_gpu(s) for s in (3, 7, 7)]
+    assert auto_backend(*proxies) == "xformers" and explain_backends(*proxies)["xformers"] == []
+    with monkeypatch.context() as traced:
+        traced.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert auto_backend(*proxies) == "sdpa"
+    assert auto_backend(*(on_gpu(s, e=20) for s in (3, 7, 7))) == "sdpa"
+    assert auto_backend(*(on_gpu(s, dtype=torch.float64) for s in (3, 7, 7))) == "sdpa"
+    monkeypatch.setattr(attention.xformers, "_missing", lambda load: "xformers is not installed")
+    assert auto_backend(*proxies) == "sdpa"
+    assert explain_backends(*proxies)["xformers"] == ["xformers is not installed"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "tensor", "says"),
+    [
+        ((9, 0), on_gpu(3), []),
+        ((12, 0), on_gpu(3, e=3, dtype=torch.float32), []),
+        ((7, 5), on_gpu(3), ["compute capability 7.5 (needs 8.0 or newer)"]),
+        (
+            (9, 0),
+            on_gpu(3, dtype=torch.float64),
+            ["dtype=torch.float64 (needs float16, bfloat16 or float32)"],
+        ),
+    ],
+)
+def test_triton_says_what_it_lacks_on_a_gpu(monkeypatch, capability, tensor, says):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert explain_backends(tensor, tensor, tensor)["triton"] == says
+
+
 def test_auto_is_its_stated_rule():
     tensors, mask = inputs(0, 2, 3, 7, 2, 8), mask_of("b l n", 9, 2, 3, 7)
     chosen = masked_attention(*tensors, mask)
     assert chosen.equal(masked_attention(*tensors, mask, backend="auto"))
+    assert auto_backend(*tensors, mask) == "sdpa"
     assert chosen.equal(masked_attention(*tensors, mask, backend="sdpa"))
 
 
@@ -490,47 +440,3 @@ def test_refuses_mixed_dtypes(function):
     says = rf"{function.__name__}: query is torch.float64, key torch.float32, value torch.float64"
     with pytest.raises(TypeError, match=says):
         function(query, key.float(), value)
-
-
-@pytest.mark.parametrize(
-    ("shapes", "num_heads", "says"),
-    [
-        (((2, 3, 4), (2, 5, 6), (8, 4), (8, 7), (8, 6)), 2, "key_weight 'o c' has c=7, but visual has c=6"),
-        (
-            ((2, 3, 4), (2, 5, 6), (8, 5), (8, 6), (8, 6)),
-            2,
-            "query_weight 'o d' has d=5, but query_tokens has d=4",
-        ),
-        (
-            ((2, 3, 4), (2, 5, 6), (8, 4), (8, 6), (9, 6)),
-            2,
-            "value_weight 'o c' has o=9, but query_weight has o=8",
-        ),
-        (
-            ((2, 3, 4), (3, 5, 6), (8, 4), (8, 6), (8, 6)),
-            2,
-            "visual 'b n c' has b=3, but query_tokens has b=2",
-        ),
-        (((2, 3, 4), (2, 5, 6), (8, 4), (8, 6), (8, 6)), 3, "query_weight 'o d' has o=8, .* num_heads=3"),
-    ],
-)
-def test_absorbed_refuses_shapes_that_disagree(shapes, num_heads, says):
-    tokens, visual, *weights = (torch.zeros(shape) for shape in shapes)
-    with pytest.raises(ValueError, match=f"absorbed_attention: {says}"):
-        absorbed_attention(tokens, visual, None, *weights, num_heads=num_heads)
-
-
-def test_absorbed_refuses_a_wrong_mask_and_a_wrong_bias():
-    shapes = (1, 2, 4), (1, 3, 6), (8, 4), (8, 6), (8, 6)
-    tokens, visual, *weights = (torch.zeros(shape) for shape in shapes)
-    run = lambda mask=None, **biases: absorbed_attention(
-        tokens, visual, mask, *weights, num_heads=2, **biases
-    )
-    with pytest.raises(TypeError, match=r"absorbed_attention: mask must be bool .*, got torch.float32"):
-        run(torch.zeros(1, 2, 3))
-    with pytest.raises(ValueError, match="absorbed_attention: mask 'b n' has n=4, but visual has n=3"):
-        run(torch.ones(1, 4, dtype=torch.bool))
-    with pytest.raises(
-        ValueError, match="absorbed_attention: value_bias 'o' has o=7, but query_weight has o=8"
-    ):
-        run(value_bias=torch.zeros(7))

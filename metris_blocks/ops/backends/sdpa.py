@@ -8,11 +8,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from metris_blocks.ops.shapes import aligned_bias
 
 # Not cuDNN, the default with a mask on H100: wrong gradients at some lengths (pytorch#196678, #191612).
-_KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_CUDA = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_MATH = [SDPBackend.MATH]
+# CPU only: on CUDA this kernel takes no mask.
+_FLASH = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
 
 def reasons(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> list[str]:
-    """Say nothing: the math kernel runs what the memory-efficient one cannot."""
+    """Say nothing: the math kernel runs what the others cannot."""
     return []
 
 
@@ -20,6 +23,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
     """(b, l, heads, e), (b, n, heads, e), (b, n, heads, e), (b, l, n) bool -> (b, l, heads, e)."""
     q, k, v = (rearrange(x, "b s heads e -> b heads s e") for x in (query, key, value))
     bias = None if mask is None else aligned_bias(mask, q.shape[1], q.dtype)
-    with sdpa_kernel(_KERNELS):
+    with sdpa_kernel(_kernels(query, key)):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     return rearrange(out, "b heads l e -> b l heads e")
+
+
+def _kernels(query: Tensor, key: Tensor) -> list[SDPBackend]:
+    """Choose by device; on a CPU the flash kernel while keys outnumber queries (bench_attention.py)."""
+    if query.device.type == "cuda":
+        return _CUDA
+    return _FLASH if key.shape[1] >= query.shape[1] else _MATH
