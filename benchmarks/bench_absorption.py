@@ -1,31 +1,55 @@
-"""How much does it save not to project n tokens to keys and values?"""
+"""What does it save not to project n tokens to keys and values, beside what torch's own module costs?"""
+
+from functools import partial
 
 import pytest
-import torch
 
-from metris_blocks.ops import absorbed_attention, masked_attention
+from benchmarks import baselines
+from benchmarks.cases import DTYPES, HEADS, RATIO, Case, D, L, attention_flop, compiled, draw, rows
+from metris_blocks.layers import MultiHeadAttention
+from metris_blocks.ops import absorbed_attention, top_r_mask
 
-N, L, C, D, HEADS = 225, 21, 1024, 768, 8
+
+def absorbed(module, x, context, mask):
+    out = absorbed_attention(
+        x,
+        context,
+        mask,
+        module.q_proj.weight,
+        module.k_proj.weight,
+        module.v_proj.weight,
+        num_heads=module.num_heads,
+        query_bias=module.q_proj.bias,
+        value_bias=module.v_proj.bias,
+    )
+    return module.out_proj(out)
 
 
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward-backward"])
-@pytest.mark.parametrize("absorbed", [True, False], ids=["absorbed", "projected"])
-@pytest.mark.parametrize("b", [1, 8])
 @pytest.mark.benchmark(group="attention with its projections")
-def bench_projected_attention(benchmark, b, absorbed, backward):
-    weights = [torch.randn(D, width, requires_grad=backward) / width**0.5 for width in (D, C, C)]
-    tokens, visual = torch.randn(b, L, D), torch.randn(b, N, C)
-    mask = torch.rand(b, L, N) < 0.3
+@rows("literal", "compiled", "torch.nn.MultiheadAttention", "sdpa", "absorbed", "auto")
+def bench_absorption(row, device, size, dtype):
+    b, n, c = size.b, size.n, size.c
+    module = MultiHeadAttention(D, c, num_heads=HEADS).to(device, DTYPES[dtype])
+    leaves = [draw(b, *shape, device=device, dtype=DTYPES[dtype]) for shape in ((L, D), (n, c))]
+    mask = top_r_mask(draw(b, L, n, device=device, dtype=DTYPES["float32"], grad=False), RATIO)
 
-    def attend():
-        if absorbed:
-            return absorbed_attention(tokens, visual, mask, *weights, num_heads=HEADS)
-        pairs = zip((tokens, visual, visual), weights, strict=True)
-        projected = [torch.nn.functional.linear(x, w).unflatten(-1, (HEADS, -1)) for x, w in pairs]
-        return masked_attention(*projected, mask).flatten(2)
+    def build(module):
+        literal = lambda x, v: baselines.projected(module, x, v, mask, baselines.literal_attention)
+        return {
+            "literal": literal,
+            "compiled": compiled(literal, size, device),
+            "torch.nn.MultiheadAttention": partial(baselines.torch_multihead, module, mask=mask),
+            "sdpa": lambda x, v: baselines.projected(module, x, v, mask, baselines.sdpa_attention),
+            "absorbed": partial(absorbed, module, mask=mask),
+            "auto": partial(module, mask=mask),
+        }
 
-    def run():
-        out = attend()
-        return torch.autograd.grad(out.sum(), weights) if backward else out
-
-    benchmark(run)
+    weights = sum(p.numel() for p in module.parameters())
+    case = Case(
+        leaves,
+        build,
+        modules=[module],
+        flop=b * (4.0 * L * D * D + 4.0 * n * c * D + attention_flop(L, n, D)),
+        nbytes=leaves[0].element_size() * (b * (2 * L * D + n * c) + weights) + mask.numel(),
+    )
+    row(case)

@@ -1,23 +1,37 @@
-"""How much does Eq. 5 cost at the sizes the reference model runs?"""
+"""How much does Eq. 5 cost, and how much of it is Repeat(F_v, L)?"""
+
+from functools import partial
 
 import pytest
-import torch
 
+from benchmarks import baselines
+from benchmarks.cases import DTYPES, RATIO, Case, L, compiled, draw, rows
 from metris_blocks.ops import masked_softmax_aggregation, top_r_mask
+from metris_blocks.ops.backends import triton
 
-N, L, C = 225, 21, 1024
 
-
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward-backward"])
-@pytest.mark.parametrize("b", [1, 8])
 @pytest.mark.benchmark(group="aggregation")
-def bench_aggregation(benchmark, b, backward):
-    scores = torch.rand(b, L, N).requires_grad_(backward)
-    visual = torch.randn(b, N, C, requires_grad=backward)
-    mask = top_r_mask(scores, 0.3)
+@rows("literal", "compiled", "matmul", "triton", "auto")
+def bench_aggregation(row, device, size, dtype):
+    b, n, c = size.b, size.n, size.c
+    scores = draw(b, L, n, device=device, dtype=DTYPES["float32"])
+    visual = draw(b, n, c, device=device, dtype=DTYPES[dtype])
+    mask = top_r_mask(scores, RATIO)
 
-    def run():
-        out = masked_softmax_aggregation(scores, mask, visual)
-        return torch.autograd.grad(out.sum(), (scores, visual)) if backward else out
+    def with_mask(function, scores, visual, **options):
+        return function(scores, mask, visual, **options)
 
-    benchmark(run)
+    def build():
+        why = "; ".join(triton.reasons(visual, scores))
+        literal = partial(with_mask, baselines.literal_aggregation)
+        return {
+            "literal": literal,
+            "compiled": compiled(literal, size, device),
+            "matmul": partial(with_mask, baselines.matmul_aggregation),
+            "triton": why or partial(with_mask, masked_softmax_aggregation, backend="triton"),
+            "auto": partial(with_mask, masked_softmax_aggregation),
+        }
+
+    nbytes = 5.0 * b * L * n + visual.element_size() * b * (n + L) * c
+    case = Case([scores, visual], build, flop=2.0 * b * L * n * c, nbytes=nbytes)
+    row(case)

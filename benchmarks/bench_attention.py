@@ -1,25 +1,46 @@
-"""Which backend of masked attention is fastest at the sizes the reference model runs?"""
+"""Which kernel of masked attention is fastest on tokens that are projected already?"""
+
+from functools import partial
 
 import pytest
-import torch
+from einops import rearrange
 
-from metris_blocks.ops import explain_backends, masked_attention
+from benchmarks import baselines
+from benchmarks.cases import DTYPES, HEADS, RATIO, Case, D, L, attention_flop, compiled, draw, rows
+from metris_blocks.ops import explain_backends, masked_attention, top_r_mask
 
-N, L, C, D, HEADS = 225, 21, 1024, 768, 8
+OURS = ("eager", "sdpa", "xformers", "triton", "auto")
 
 
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward-backward"])
-@pytest.mark.parametrize("backend", ["eager", "sdpa", "xformers", "triton"])
-@pytest.mark.parametrize("b", [1, 8])
-@pytest.mark.benchmark(group="attention on projected tokens")
-def bench_masked_attention(benchmark, b, backend, backward):
-    leaves = [torch.randn(b, s, HEADS, D // HEADS, requires_grad=backward) for s in (L, N, N)]
-    mask = torch.rand(b, L, N) < 0.3
-    if why := explain_backends(*leaves, mask)[backend]:
-        pytest.skip(f"{backend}: {'; '.join(why)}")
+@pytest.mark.benchmark(group="attention")
+@rows("literal", "flex", "compiled", *OURS)
+def bench_attention(row, device, size, dtype):
+    b, n = size.b, size.n
+    tensors = [draw(b, s, HEADS, D // HEADS, device=device, dtype=DTYPES[dtype]) for s in (L, n, n)]
+    mask = top_r_mask(draw(b, L, n, device=device, dtype=DTYPES["float32"], grad=False), RATIO)
 
-    def run():
-        out = masked_attention(*leaves, mask, backend=backend)
-        return torch.autograd.grad(out.sum(), leaves) if backward else out
+    def through(attend, query, key, value):
+        q, k, v = (rearrange(x, "b s heads e -> b heads s e") for x in (query, key, value))
+        return rearrange(attend(q, k, v, mask), "b heads l e -> b l heads e")
 
-    benchmark(run)
+    def build():
+        refusals = explain_backends(*tensors, mask) | {"auto": []}
+        literal = partial(through, baselines.literal_attention)
+        flex = partial(through, baselines.flex_attention)
+        return {
+            "literal": literal,
+            "flex": compiled(flex, size, device) if device == "cuda" else "device=cpu (no backward there)",
+            "compiled": compiled(literal, size, device),
+        } | {
+            name: "; ".join(refusals[name]) or partial(masked_attention, mask=mask, backend=name)
+            for name in OURS
+        }
+
+    bytes_per_number = tensors[0].element_size()
+    case = Case(
+        tensors,
+        build,
+        flop=b * attention_flop(L, n, D),
+        nbytes=bytes_per_number * 2 * b * (L + n) * D + mask.numel(),
+    )
+    row(case)

@@ -1,6 +1,7 @@
 """The command ``metris``: one line per command; what a command needs is imported when it is called."""
 
 import errno
+import json
 import os
 import sys
 import warnings
@@ -8,8 +9,17 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from reference_model.configs import Parser, known_keys, preset_file, preset_names, read_yaml, refuse_unknown
+from reference_model.configs import (
+    PRESETS,
+    Parser,
+    known_keys,
+    preset_file,
+    preset_names,
+    read_yaml,
+    refuse_unknown,
+)
 from reference_model.files import InputError
+from reference_model.model.config import ModelConfig
 
 # command -> where its config and its function are
 COMMANDS = {
@@ -17,6 +27,7 @@ COMMANDS = {
     "train": ("training.config:TrainConfig", "training.train:train"),
     "evaluate": ("scoring.config:EvaluateConfig", "scoring.evaluate:evaluate"),
     "predict": ("viewing.config:PredictConfig", "viewing.predict:predict"),
+    "profile": ("model.profile_config:ProfileConfig", "profile:profile"),
 }
 
 _MENDABLE = {errno.ENAMETOOLONG, errno.EACCES, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -69,25 +80,35 @@ def parse(name: str, arguments: list[str]) -> Any:
         "--config",
         action="config",
         help="YAML file of the options below, repeatable"
-        + (f"; --preset NAME takes one of this package's: {', '.join(preset_names())}" * (name == "train")),
+        + (
+            f"; --preset NAME takes one of this package's: {', '.join(preset_names())}"
+            * (name in ("train", "profile"))
+        ),
     )
     parser.add_class_arguments(config_class, as_group=False)
     files, overrides, expressions = _split(arguments, parser.prog)
     if expressions and "expression" not in known_keys(config_class):
         refuse_unknown(parser.prog, "expression", config_class)
-    for path in files:
-        read_yaml(path, config_class)
+    sources = [_source(name, path, config_class) for path in files]
     keys = [*known_keys(config_class), "help", "config", "preset", "print_config"]
     for argument in overrides:
         key = argument.removeprefix("--").split("=")[0].removesuffix("+")
         inside_mapping = key.rsplit(".", 1)[0].endswith("_options")
         if argument.startswith("--") and key not in keys and not inside_mapping:
             refuse_unknown(parser.prog, key, config_class)
-    parsed = parser.parse_args([*(f"--config={path}" for path in files), *overrides])
+    parsed = parser.parse_args([*(f"--config={source}" for source in sources), *overrides])
     filled = vars(parser.instantiate(parsed))
     if expressions:
         filled["expression"] = expressions  # past the parser, which would read some sentences as YAML
     return config_class(**{key: value for key, value in filled.items() if key != "config"})
+
+
+def _source(name: str, path: Path, config_class: type) -> str:
+    """Check a config file and say what the parser is to read: of a preset, `profile` takes the model alone."""
+    if name == "profile" and path.parent == PRESETS:
+        return json.dumps({"model": read_yaml(path, ModelConfig, section="model")})
+    read_yaml(path, config_class)
+    return str(path)
 
 
 def _split(arguments: list[str], prog: str) -> tuple[list[Path], list[str], list[str]]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -18,6 +18,7 @@ settings.register_profile(
     deadline=None,
     # Triton's interpreter takes a tenth of a second where the others take a thousandth.
     max_examples=5 if triton.INTERPRETED else 40,
+    phases=[phase for phase in Phase if not (triton.INTERPRETED and phase in (Phase.shrink, Phase.explain))],
     derandomize=bool(os.environ.get("CI")),
     print_blob=True,
 )

@@ -17,7 +17,7 @@ from metris_blocks.ops.backends.triton.kernels.tiles import (
     load_attended,
     load_mask,
     load_tile,
-    mask_arguments,
+    mask_argument,
     softmax_end,
     softmax_step,
 )
@@ -33,24 +33,13 @@ def attend(
     (b, l, heads, e), n = query.shape, key.shape[1]
     out = query.new_empty(query.shape)
     logsumexp = query.new_empty((b, heads, l), dtype=torch.float32)
-    inputs = _rows(query), _rows(key), _rows(value)
-    *masks, mask_strides = mask_arguments(mask)
+    inputs = [_strided(x) for x in (query, key, value)]
+    per_logit = scale * math.log2(math.e)
     blocks = _blocks(l, n, e, query.dtype)
     parts = b * heads * triton.cdiv(e, blocks["BLOCK_E"])
     with torch.cuda.device_of(query):
         _forward[(parts * triton.cdiv(l, blocks["BLOCK_L"]),)](
-            *inputs,
-            *masks,
-            out,
-            logsumexp,
-            *(x.stride() for x in inputs),
-            mask_strides,
-            scale * math.log2(math.e),
-            heads,
-            l,
-            n,
-            e,
-            **blocks,
+            *inputs, mask_argument(mask), out, logsumexp, per_logit, heads, l, n, e, **blocks
         )
     return out, logsumexp
 
@@ -68,40 +57,28 @@ def attend_backward(
     """Give the gradients of query, key and value."""
     (b, l, heads, e), n = query.shape, key.shape[1]
     query_grad, key_grad, value_grad = (x.new_empty(x.shape) for x in (query, key, value))
-    inputs = _rows(query), _rows(key), _rows(value), _rows(grad)
-    *masks, mask_strides = mask_arguments(mask)
-    common = (
-        *inputs,
-        *masks,
-        logsumexp,
-        torch.empty_like(logsumexp),
-        *(x.stride() for x in inputs),
-        mask_strides,
-        scale,
-        scale * math.log2(math.e),
-        heads,
-        l,
-        n,
-        e,
-    )
+    inputs = [_strided(x) for x in (query, key, value, grad)]
+    statistics = logsumexp, torch.empty_like(logsumexp)
+    scales = scale, scale * math.log2(math.e)
+    common = (*inputs, mask_argument(mask), *statistics, *scales, heads, l, n, e)
     blocks = _blocks(l, n, e, query.dtype)
     parts = b * heads * triton.cdiv(e, blocks["BLOCK_E"])
     with torch.cuda.device_of(query):
-        # In this order: the first leaves in `delta` what the second reads.
+        # In this order: the first leaves in the second statistic what the other reads.
         _backward_query[(parts * triton.cdiv(l, blocks["BLOCK_L"]),)](out, query_grad, *common, **blocks)
-        _backward_key_value[(parts * triton.cdiv(n, blocks["BLOCK_N"]),)](
-            key_grad, value_grad, *common, **blocks
-        )
+        tiles = triton.cdiv(n, blocks["BLOCK_N"])
+        _backward_key_value[(parts * tiles,)](key_grad, value_grad, *common, **blocks)
     return query_grad, key_grad, value_grad
 
 
-def _rows(x: Tensor) -> Tensor:
-    """Copy only what the kernels cannot read with strides: a head whose numbers are not neighbours."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _strided(x: Tensor) -> tuple[Any, ...]:
+    """Give (b, rows, heads, e) and its strides, copied only where the numbers of a head are no neighbours."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return x, *x.stride()[:-1]
 
 
 def _blocks(l: int, n: int, e: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Choose tiles that spill no registers and fit the 99 KiB of the smallest shared memory."""
+    """Choose tiles that hardly spill registers and fit the 99 KiB of the smallest shared memory."""
     exact, wide = dtype == torch.float32, e > _WIDEST
     # Without tensor cores operands stay in registers, and so do the parts of a wide head.
     largest = 32 if exact or wide else 64
@@ -123,15 +100,10 @@ def _forward(
     query,
     key,
     value,
-    attended,
     mask,
     out,
     logsumexp,
-    query_strides,
-    key_strides,
-    value_strides,
-    mask_strides,
-    to_logits,
+    per_logit,
     heads,
     l,
     n,
@@ -142,32 +114,26 @@ def _forward(
     BLOCK_E: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    batch, head, in_l, in_e = _position(heads, l, BLOCK_L, e, BLOCK_E, WIDE)
+    batch, head, in_l, in_e = _position(heads, l, e, BLOCK_L, BLOCK_E, WIDE)
+    query, key, value = _of(query, batch, head), _of(key, batch, head), _of(value, batch, head)
     real_l = in_l < l
-    query += batch * query_strides[0] + head * query_strides[2]
-    key += batch * key_strides[0] + head * key_strides[2]
-    value += batch * value_strides[0] + head * value_strides[2]
 
-    q = load_tile(query, in_l, real_l, query_strides[1], in_e, e, DTYPE)
+    q = load_tile(query, in_l, real_l, in_e, e, DTYPE)
     top = tl.full((BLOCK_L,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_L,), tl.float32)
     acc = tl.zeros((BLOCK_L, BLOCK_E), tl.float32)
     for n0 in range(0, n, BLOCK_N):
         in_n = n0 + tl.arange(0, BLOCK_N)
-        real_n = load_attended(attended, batch, in_n, n, mask_strides)
-        k = load_tile(key, in_n, real_n, key_strides[1], in_e, e, DTYPE)
-        v = load_tile(value, in_n, real_n, value_strides[1], in_e, e, DTYPE)
+        real_n = load_attended(mask, batch, in_n, n)
+        v = load_tile(value, in_n, real_n, in_e, e, DTYPE)
         if WIDE:
-            logits = _product(
-                query, in_l, real_l, query_strides[1], key, in_n, real_n, key_strides[1], e, DTYPE, BLOCK_E
-            )
+            logits = _product(query, in_l, real_l, key, in_n, real_n, e, DTYPE, BLOCK_E)
         else:
+            k = load_tile(key, in_n, real_n, in_e, e, DTYPE)
             logits = tl.dot(q, k.T, input_precision="ieee")
-        exist, real = (in_l < l)[:, None] & (in_n < n), real_l[:, None] & real_n
-        part = load_mask(
-            mask, batch, mask_strides[2], in_l, mask_strides[3], in_n, mask_strides[4], exist, real
-        )
-        logits = tl.where(part, logits * to_logits, float("-inf"))
+        exist, real = real_l[:, None] & (in_n < n), real_l[:, None] & real_n
+        part = load_mask(mask, batch, in_l[:, None], in_n, exist, real)
+        logits = tl.where(part, logits * per_logit, float("-inf"))
         weights, fade, top, total = softmax_step(logits, top, total)
         acc = tl.dot(weights.to(DTYPE), v, acc * fade[:, None], input_precision="ieee")
 
@@ -186,17 +152,11 @@ def _backward_query(
     key,
     value,
     grad,
-    attended,
     mask,
     logsumexp,
     delta,
-    query_strides,
-    key_strides,
-    value_strides,
-    grad_strides,
-    mask_strides,
     scale,
-    to_logits,
+    per_logit,
     heads,
     l,
     n,
@@ -207,11 +167,9 @@ def _backward_query(
     BLOCK_E: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    batch, head, in_l, in_e = _position(heads, l, BLOCK_L, e, BLOCK_E, WIDE)
-    query += batch * query_strides[0] + head * query_strides[2]
-    key += batch * key_strides[0] + head * key_strides[2]
-    value += batch * value_strides[0] + head * value_strides[2]
-    grad += batch * grad_strides[0] + head * grad_strides[2]
+    batch, head, in_l, in_e = _position(heads, l, e, BLOCK_L, BLOCK_E, WIDE)
+    query, key, value = _of(query, batch, head), _of(key, batch, head), _of(value, batch, head)
+    grad = _of(grad, batch, head)
     out_rows = (batch * l + in_l) * heads + head
     rows = (batch * heads + head) * l + in_l
     lse = tl.load(logsumexp + rows, mask=in_l < l, other=float("inf"))
@@ -221,40 +179,34 @@ def _backward_query(
     along = tl.zeros((BLOCK_L,), tl.float32)
     for e0 in range(0, e, BLOCK_E):
         part_e = e0 + tl.arange(0, BLOCK_E)
-        g = load_tile(grad, in_l, real_l, grad_strides[1], part_e, e, tl.float32)
-        along += tl.sum(g * load_tile(out, out_rows, real_l, e, part_e, e, tl.float32), axis=1)
+        g = load_tile(grad, in_l, real_l, part_e, e, tl.float32)
+        along += tl.sum(g * load_tile((out, e), out_rows, real_l, part_e, e, tl.float32), axis=1)
 
-    q = load_tile(query, in_l, real_l, query_strides[1], in_e, e, DTYPE)
-    g = load_tile(grad, in_l, real_l, grad_strides[1], in_e, e, DTYPE)
+    q = load_tile(query, in_l, real_l, in_e, e, DTYPE)
+    g = load_tile(grad, in_l, real_l, in_e, e, DTYPE)
     drift = tl.zeros((BLOCK_L,), tl.float32)
     acc = tl.zeros((BLOCK_L, BLOCK_E), tl.float32)
     mean_key = tl.zeros((BLOCK_L, BLOCK_E), tl.float32)
     for n0 in range(0, n, BLOCK_N):
         in_n = n0 + tl.arange(0, BLOCK_N)
-        real_n = load_attended(attended, batch, in_n, n, mask_strides)
-        k = load_tile(key, in_n, real_n, key_strides[1], in_e, e, DTYPE)
-        v = load_tile(value, in_n, real_n, value_strides[1], in_e, e, DTYPE)
+        real_n = load_attended(mask, batch, in_n, n)
+        k = load_tile(key, in_n, real_n, in_e, e, DTYPE)
         if WIDE:
-            logits = _product(
-                query, in_l, real_l, query_strides[1], key, in_n, real_n, key_strides[1], e, DTYPE, BLOCK_E
-            )
-            weights_grad = _product(
-                grad, in_l, real_l, grad_strides[1], value, in_n, real_n, value_strides[1], e, DTYPE, BLOCK_E
-            )
+            logits = _product(query, in_l, real_l, key, in_n, real_n, e, DTYPE, BLOCK_E)
+            weights_grad = _product(grad, in_l, real_l, value, in_n, real_n, e, DTYPE, BLOCK_E)
         else:
+            v = load_tile(value, in_n, real_n, in_e, e, DTYPE)
             logits = tl.dot(q, k.T, input_precision="ieee")
             weights_grad = tl.dot(g, v.T, input_precision="ieee")
         exist, real = (in_l < l)[:, None] & (in_n < n), real_l[:, None] & real_n
-        part = load_mask(
-            mask, batch, mask_strides[2], in_l, mask_strides[3], in_n, mask_strides[4], exist, real
-        )
-        weights = tl.where(part, tl.exp2(logits * to_logits - lse[:, None]), 0.0)
+        part = load_mask(mask, batch, in_l[:, None], in_n, exist, real)
+        weights = tl.where(part, tl.exp2(logits * per_logit - lse[:, None]), 0.0)
         logits_grad = weights * (weights_grad - along[:, None])
         drift += tl.sum(logits_grad, axis=1)
         acc = tl.dot(logits_grad.to(DTYPE), k, acc, input_precision="ieee")
         mean_key = tl.dot(weights.to(DTYPE), k, mean_key, input_precision="ieee")
 
-    # The gradients of a row's logits sum to 0. What they summed to is what the rounding of `out` added to
+    # The gradients of a row's logits sum to 0. What they summed to is what rounding, mostly of `out`, did to
     # `along`: take it back, for the keys too.
     tl.store(delta + rows, along + drift, mask=in_l < l)
     acc = (acc - drift[:, None] * mean_key) * scale
@@ -270,17 +222,11 @@ def _backward_key_value(
     key,
     value,
     grad,
-    attended,
     mask,
     logsumexp,
     delta,
-    query_strides,
-    key_strides,
-    value_strides,
-    grad_strides,
-    mask_strides,
     scale,
-    to_logits,
+    per_logit,
     heads,
     l,
     n,
@@ -291,55 +237,46 @@ def _backward_key_value(
     BLOCK_E: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    batch, head, in_n, in_e = _position(heads, n, BLOCK_N, e, BLOCK_E, WIDE)
-    real_n = load_attended(attended, batch, in_n, n, mask_strides)
-    query += batch * query_strides[0] + head * query_strides[2]
-    key += batch * key_strides[0] + head * key_strides[2]
-    value += batch * value_strides[0] + head * value_strides[2]
-    grad += batch * grad_strides[0] + head * grad_strides[2]
-    logsumexp += (batch * heads + head) * l
-    delta += (batch * heads + head) * l
+    batch, head, in_n, in_e = _position(heads, n, e, BLOCK_N, BLOCK_E, WIDE)
+    query, key, value = _of(query, batch, head), _of(key, batch, head), _of(value, batch, head)
+    grad = _of(grad, batch, head)
+    real_n = load_attended(mask, batch, in_n, n)
 
-    k = load_tile(key, in_n, real_n, key_strides[1], in_e, e, DTYPE)
-    v = load_tile(value, in_n, real_n, value_strides[1], in_e, e, DTYPE)
+    k = load_tile(key, in_n, real_n, in_e, e, DTYPE)
+    v = load_tile(value, in_n, real_n, in_e, e, DTYPE)
     key_acc = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
     value_acc = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
     for l0 in range(0, l, BLOCK_L):
         in_l = l0 + tl.arange(0, BLOCK_L)
-        lse = tl.load(logsumexp + in_l, mask=in_l < l, other=float("inf"))
-        along = tl.load(delta + in_l, mask=in_l < l, other=0.0)
+        rows = (batch * heads + head) * l + in_l
+        lse = tl.load(logsumexp + rows, mask=in_l < l, other=float("inf"))
+        along = tl.load(delta + rows, mask=in_l < l, other=0.0)
         real_l = lse != float("inf")
-        q = load_tile(query, in_l, real_l, query_strides[1], in_e, e, DTYPE)
-        g = load_tile(grad, in_l, real_l, grad_strides[1], in_e, e, DTYPE)
+        q = load_tile(query, in_l, real_l, in_e, e, DTYPE)
+        g = load_tile(grad, in_l, real_l, in_e, e, DTYPE)
         # Transposed: a row is a token, a column a query.
         if WIDE:
-            logits = _product(
-                key, in_n, real_n, key_strides[1], query, in_l, real_l, query_strides[1], e, DTYPE, BLOCK_E
-            )
-            weights_grad = _product(
-                value, in_n, real_n, value_strides[1], grad, in_l, real_l, grad_strides[1], e, DTYPE, BLOCK_E
-            )
+            logits = _product(key, in_n, real_n, query, in_l, real_l, e, DTYPE, BLOCK_E)
+            weights_grad = _product(value, in_n, real_n, grad, in_l, real_l, e, DTYPE, BLOCK_E)
         else:
             logits = tl.dot(k, q.T, input_precision="ieee")
             weights_grad = tl.dot(v, g.T, input_precision="ieee")
         exist, real = (in_n < n)[:, None] & (in_l < l), real_n[:, None] & real_l
-        part = load_mask(
-            mask, batch, mask_strides[2], in_n, mask_strides[4], in_l, mask_strides[3], exist, real
-        )
-        weights = tl.where(part, tl.exp2(logits * to_logits - lse), 0.0)
+        part = load_mask(mask, batch, in_l, in_n[:, None], exist, real)
+        weights = tl.where(part, tl.exp2(logits * per_logit - lse), 0.0)
         value_acc = tl.dot(weights.to(DTYPE), g, value_acc, input_precision="ieee")
         logits_grad = weights * (weights_grad - along)
         key_acc = tl.dot(logits_grad.to(DTYPE), q, key_acc, input_precision="ieee")
 
     at = ((batch * n + in_n) * heads + head)[:, None] * e + in_e
-    real = (in_n < n)[:, None] & (in_e < e)
-    tl.store(key_grad + at, (key_acc * scale).to(key_grad.dtype.element_ty), mask=real)
-    tl.store(value_grad + at, value_acc.to(value_grad.dtype.element_ty), mask=real)
+    exist = (in_n < n)[:, None] & (in_e < e)
+    tl.store(key_grad + at, (key_acc * scale).to(key_grad.dtype.element_ty), mask=exist)
+    tl.store(value_grad + at, value_acc.to(value_grad.dtype.element_ty), mask=exist)
 
 
 @triton.jit
-def _position(heads, rows, BLOCK_ROWS: tl.constexpr, e, BLOCK_E: tl.constexpr, WIDE: tl.constexpr):
-    """Find the program's batch and head (int64), rows and part of the width, which are neighbours."""
+def _position(heads, rows, e, BLOCK_ROWS: tl.constexpr, BLOCK_E: tl.constexpr, WIDE: tl.constexpr):
+    """Find the program's batch and head (int64), rows and part of the width; a head's are neighbours."""
     tile = tl.program_id(0)
     in_e = tl.arange(0, BLOCK_E)
     if WIDE:
@@ -353,14 +290,18 @@ def _position(heads, rows, BLOCK_ROWS: tl.constexpr, e, BLOCK_E: tl.constexpr, W
 
 
 @triton.jit
-def _product(
-    a, in_a, real_a, stride_a, b, in_b, real_b, stride_b, e, DTYPE: tl.constexpr, BLOCK_E: tl.constexpr
-):
+def _of(tensor, batch, head):
+    """Give the matrix of one batch and head: a pointer and the stride of its rows."""
+    return tensor[0] + batch * tensor[1] + head * tensor[3], tensor[2]
+
+
+@triton.jit
+def _product(a, in_a, real_a, b, in_b, real_b, e, DTYPE: tl.constexpr, BLOCK_E: tl.constexpr):
     """Multiply rows of a with rows of b over the whole width of a head, part by part."""
     acc = tl.zeros((in_a.shape[0], in_b.shape[0]), tl.float32)
     for e0 in range(0, e, BLOCK_E):
         in_e = e0 + tl.arange(0, BLOCK_E)
-        x = load_tile(a, in_a, real_a, stride_a, in_e, e, DTYPE)
-        y = load_tile(b, in_b, real_b, stride_b, in_e, e, DTYPE)
+        x = load_tile(a, in_a, real_a, in_e, e, DTYPE)
+        y = load_tile(b, in_b, real_b, in_e, e, DTYPE)
         acc = tl.dot(x, y.T, acc, input_precision="ieee")
     return acc

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from metris_blocks.ops.backends.triton import INTERPRETED
+from metris_blocks.ops.backends.triton.kernels.tiles import block
 
 # As in torch.nn.functional.normalize: what is shorter is divided by this, and its gradient is not projected.
 EPS = tl.constexpr(1e-12)
@@ -27,7 +28,7 @@ def score(visual: Tensor, language: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if empty:
         return scores, visual_norm, language_norm
     widen = visual.dtype != language.dtype or visual.dtype not in _NARROW
-    block_l, block_n = _block(l, 32 if widen else 64), 64
+    block_l, block_n = block(l, 32 if widen else 64), 64
     with torch.accelerator.device_index(visual.device.index):
         _score[(b * triton.cdiv(n, block_n) * triton.cdiv(l, block_l),)](
             visual.contiguous(),
@@ -41,7 +42,7 @@ def score(visual: Tensor, language: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             WIDEN=widen,
             BLOCK_N=block_n,
             BLOCK_L=block_l,
-            BLOCK_J=_block(j, 32 if widen else 64),
+            BLOCK_J=block(j, 32 if widen else 64),
             num_warps=8,
         )
     return scores, visual_norm, language_norm
@@ -54,7 +55,7 @@ def score_backward(
     (b, m, k), j = grad.shape, own.shape[2]
     if own.numel() == 0 or k == 0:
         return torch.zeros_like(own, memory_format=torch.contiguous_format)
-    block_m, block_k, block_j = _block(m, 64), 16, _block(j, 64)
+    block_m, block_k, block_j = block(m, 64), 16, block(j, 64)
     tiles = b * triton.cdiv(m, block_m) * triton.cdiv(j, block_j)
     # Few expression tokens sum over many visual ones: shares of that sum fill the device. Their number comes
     # from shapes alone and they are added in order, so results are the same on every run.
@@ -76,7 +77,7 @@ def score_backward(
             triton.cdiv(k, shares * block_k) * block_k,
             *grad.stride(),
             *scores.stride(),
-            # Three products of tensor cores leave 2^-21 of a term, far below the rounding to 16 bits.
+            # Three tensor-core products err by less than 2^-20 of a term, far below the rounding to 16 bits.
             PRECISION="ieee" if exact else "tf32x3",
             BLOCK_M=block_m,
             BLOCK_K=block_k,
@@ -84,12 +85,6 @@ def score_backward(
             num_warps=8 if exact else 4,
         )
     return out if shares == 1 else out.sum(dim=1).to(own.dtype)
-
-
-def _block(size: int, largest: int) -> int:
-    """Width of a tile: a power of two, at least the 16 that tl.dot asks for."""
-    width: int = triton.next_power_of_2(size)
-    return min(largest, max(16, width))
 
 
 @triton.jit

@@ -1,7 +1,9 @@
-"""What the aggregation and the attention kernels share: loads of masks and tiles, softmax step by step."""
+"""What the aggregation and the attention kernels share: masks and tiles in, softmax step by step."""
 
 # Kernels carry no annotations: the compiler of triton refuses names of Python's types in them.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from typing import Any
 
 import torch
 import triton
@@ -23,43 +25,42 @@ def dot_dtype(dtype: torch.dtype) -> tl.dtype:
     return tl.bfloat16 if dtype == torch.bfloat16 and not INTERPRETED else tl.float32
 
 
-def mask_arguments(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None, tuple[int, ...]]:
-    """Give what the kernels read of a mask (b, l, n), in bytes, and all strides.
+def mask_argument(mask: Tensor | None) -> tuple[Any, ...]:
+    """Give the kernels a mask (b, l, n) in bytes: ``attended``, its two strides, the mask, its three strides.
 
-    First the tokens that any row attends to, (b, n): all others are never loaded and may hold NaN. Then the
-    mask, or None where its rows are one in memory: the first says it all.
+    ``attended`` (b, n) tells which tokens any row attends to: the others are never loaded and may hold NaN.
+    Where all rows of the mask are one in memory it says everything and stands alone; None without a mask.
     """
     if mask is None:
-        return None, None, (0, 0, 0, 0, 0)
+        return None, 0, 0, None, 0, 0, 0
     shared = mask.stride(1) == 0 and mask.shape[1] > 0
     attended = mask[:, 0] if shared else mask.any(dim=1)
-    strides = (*attended.stride(), *mask.stride())
-    return attended.view(torch.uint8), None if shared else mask.view(torch.uint8), strides
+    whole = None if shared else mask.view(torch.uint8)
+    return attended.view(torch.uint8), *attended.stride(), whole, *mask.stride()
 
 
 @triton.jit
-def load_attended(attended, batch, in_n, n, strides):
+def load_attended(mask, batch, in_n, n):
     """Tell which tokens exist and are attended to by some row."""
     real = in_n < n
-    if attended is not None:
-        at = attended + batch * strides[0] + in_n.to(tl.int64) * strides[1]
-        real = tl.load(at, mask=real, other=0) != 0
+    if mask[0] is not None:
+        real = tl.load(mask[0] + batch * mask[1] + in_n.to(tl.int64) * mask[2], mask=real, other=0) != 0
     return real
 
 
 @triton.jit
-def load_mask(mask, batch, stride_batch, first, stride_first, second, stride_second, exist, real):
-    """Tell where (first, second) meet: where the mask says so or, without one, wherever both are real."""
-    if mask is not None:
-        at = mask + batch * stride_batch + first[:, None].to(tl.int64) * stride_first
-        real = tl.load(at + second.to(tl.int64) * stride_second, mask=exist, other=0) != 0
+def load_mask(mask, batch, in_l, in_n, exist, real):
+    """Tell where rows and tokens meet: where the mask says so or, without one, wherever both are real."""
+    if mask[3] is not None:
+        at = mask[3] + batch * mask[4] + in_l.to(tl.int64) * mask[5] + in_n.to(tl.int64) * mask[6]
+        real = tl.load(at, mask=exist, other=0) != 0
     return real
 
 
 @triton.jit
-def load_tile(base, rows, real, stride, columns, width, DTYPE: tl.constexpr):
-    """Load (rows, columns) of a matrix of ``width`` columns, zeros in the rows where ``real`` is False."""
-    at = base + rows[:, None].to(tl.int64) * stride + columns
+def load_tile(matrix, rows, real, columns, width, DTYPE: tl.constexpr):
+    """Load (rows, columns) of a matrix (pointer, stride of rows), zeros in rows where ``real`` is False."""
+    at = matrix[0] + rows[:, None].to(tl.int64) * matrix[1] + columns
     return tl.load(at, mask=real[:, None] & (columns < width), other=0.0).to(DTYPE)
 
 

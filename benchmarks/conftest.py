@@ -1,0 +1,225 @@
+"""The fixture `row`: true first, then timed in turns, then written to results/<device>.json."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.cases import DTYPES, Case, Size, errors
+from benchmarks.measure import (
+    device_name,
+    event_ms,
+    graph_of,
+    peak_bytes,
+    ratio,
+    roofline,
+    synchronize,
+)
+
+RESULTS = Path(__file__).parent / "results"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# What a row is: a later run replaces the row of the same key.
+KEY = ("stem", "provider", "mode", "stage", "b", "dtype")
+# Every row is compared, in turns, with these.
+REFERENCES = ("literal", "sdpa")
+# Seconds that a row on the CPU may take, its references included; between 3 and 20 rounds.
+_CPU_SECONDS = 0.6
+_rows: list[dict[str, object]] = []
+
+
+@pytest.fixture
+def device() -> str:
+    return DEVICE
+
+
+@pytest.fixture
+def provider(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def mode(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def size(request) -> Size:
+    return request.param
+
+
+@pytest.fixture
+def dtype(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def row(request, benchmark, provider, mode, size, dtype) -> Callable[[Case], None]:
+    """Measure one provider of a case; skip, with the reason in the results, what cannot run."""
+    about = {
+        "stem": request.function.__name__.removeprefix("bench_"),
+        "provider": provider,
+        "mode": mode,
+        "stage": size.stage,
+        "b": size.b,
+        "n": size.n,
+        "c": size.c,
+        "dtype": dtype,
+        **_versions(),
+    }
+
+    def skip_if(why: str) -> None:
+        if why:
+            _rows.append({**about, "skipped": why})
+            pytest.skip(why)
+
+    def measure(case: Case) -> None:
+        way = case.ways[provider]
+        skip_if(way if isinstance(way, str) else "")
+        skip_if("" if mode == "forward" or case.differentiable() else "has no gradient")
+        _require_truth(case, provider, mode)
+        found = _times(benchmark, case, provider, mode)
+        # A backward does twice the products of its forward.
+        passes = {"forward": 1, "graph": 1, "backward": 2, "forward+backward": 3}[mode]
+        flops, moved = _roofline(dtype)
+        bound = max(passes * case.flop / flops, passes * case.nbytes / moved)
+        found["gflop"], found["mbytes"] = passes * case.flop / 1e9, passes * case.nbytes / 1e6
+        found["roofline_share"] = 1000 * bound / found.get("event_ms", found["ms"])
+        benchmark.extra_info.update(about | found)
+        _rows.append(about | found)
+
+    # Before anything is drawn: most rows need a GPU.
+    skip_if(_why_not_here(mode, size, dtype))
+    return measure
+
+
+def _why_not_here(mode: str, size: Size, dtype: str) -> str:
+    if DEVICE == "cuda":
+        return ""
+    if mode == "graph":
+        return "device=cpu (CUDA graphs need cuda)"
+    if dtype != "float32":
+        return f"device=cpu ({dtype} is measured on GPUs)"
+    if size.n > 225 and (size.b > 1 or mode == "backward"):
+        return "device=cpu (left out: all rows have ten minutes)"
+    return ""
+
+
+def _require_truth(case: Case, provider: str, mode: str) -> None:
+    """Refuse a wrong row: twice the error of the literal code in its dtype, and rounding, are allowed."""
+    truth = case.truth(mode)
+    actual = case.results(provider, mode)
+    literal = case.results("literal", mode)
+    for one, other, x in zip(errors(actual, truth), errors(literal, truth), actual, strict=True):
+        allowed = 2 * other + 64 * torch.finfo(x.dtype).eps + case.slack
+        assert one <= allowed, f"{provider} is wrong: error {one:.2g}, allowed {allowed:.2g}"
+
+
+def _times(benchmark, case: Case, provider: str, mode: str) -> dict[str, object]:
+    references = [name for name in REFERENCES if name != provider and callable(case.ways.get(name))]
+    steps = {name: case.steps(name, mode) for name in (provider, *references)}
+    prepare, run = steps[provider]
+    found: dict[str, object] = {}
+    if mode == "graph":
+        run = graph_of(run)
+
+    def timed(step: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        step()
+        synchronize(DEVICE)
+        return time.perf_counter() - start
+
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+
+    def others() -> None:
+        # A B A B: the references run once before each round of this row.
+        for name in references:
+            steps[name][0]()
+            synchronize(DEVICE)
+            seconds[name].append(timed(steps[name][1]))
+        prepare()
+        synchronize(DEVICE)
+
+    def own() -> None:
+        seconds[provider].append(timed(run))
+
+    others()
+    own()
+    total = sum(x[-1] for x in seconds.values())
+    for x in seconds.values():
+        x.clear()
+    rounds = 30 if DEVICE == "cuda" else max(3, min(20, int(_CPU_SECONDS / total)))
+    benchmark.pedantic(own, setup=others, rounds=rounds, warmup_rounds=0)
+    ms = sorted(1000 * x for x in seconds[provider])
+    found["ms"] = statistics.median(ms)
+    found["p20_ms"], found["p80_ms"] = ms[len(ms) // 5], ms[-1 - len(ms) // 5]
+    found["rounds"] = rounds
+    for name in references:
+        found[f"ratio_to_{name}"] = ratio(seconds[provider], seconds[name])
+    if DEVICE == "cuda" and mode != "backward":
+        found["event_ms"] = event_ms(run, 30)
+        for name in references if mode != "graph" else ():
+            found[f"event_ratio_to_{name}"] = found["event_ms"] / event_ms(steps[name][1], 30)
+    prepare()
+    whole = run if mode != "backward" else lambda: (prepare(), run())
+    found["peak_mib"] = peak_bytes(whole, DEVICE) / 2**20
+    return found
+
+
+@cache
+def _roofline(dtype: str) -> tuple[float, float]:
+    return roofline(DEVICE, DTYPES[dtype])
+
+
+@cache
+def _versions() -> dict[str, object]:
+    def version(package: str) -> str:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return "none"
+
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "device": device_name(DEVICE),
+        **{package: version(package) for package in ("torch", "triton", "xformers")},
+        "commit": git.stdout.strip() or "unknown",
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def results() -> Iterator[None]:
+    """Merge the rows of this run into the file of this device, written whole."""
+    torch.manual_seed(0)
+    yield
+    if not _rows:
+        return
+    RESULTS.mkdir(exist_ok=True)
+    slug = re.sub(r"[^a-z0-9]+", "-", device_name(DEVICE).lower()).strip("-")
+    path = RESULTS / f"{slug}.json"
+    rows = {_key(row): row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
+    rows |= {_key(row): row for row in _rows}
+    peaks = {
+        dtype: {"flop_per_s": _roofline(dtype)[0], "bytes_per_s": _roofline(dtype)[1]}
+        for dtype in {row["dtype"] for row in _rows}
+    }
+    # One line a row: differences between runs can be read.
+    lines = ",\n".join(json.dumps(rows[key]) for key in sorted(rows))
+    head = json.dumps({"device": device_name(DEVICE), "roofline": peaks})
+    part = path.with_suffix(".part")
+    part.write_text(f'{head[:-1]}, "rows": [\n{lines}\n]}}\n')
+    os.replace(part, path)
+
+
+def _key(row: dict[str, object]) -> tuple[str, ...]:
+    return tuple(str(row[name]) for name in KEY)
