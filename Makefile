@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
 
-.PHONY: demo test test-slow check bench clean
+.PHONY: demo test test-slow check bench bench-gpu bench-report clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("metris-blocks needs Python >= 3.11, found " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
@@ -36,8 +36,21 @@ check: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+BENCH := -m pytest benchmarks -q -o python_files='bench_*.py' -o python_functions='bench_*' -o addopts= --benchmark-only \
+	--benchmark-columns=median,rounds --benchmark-sort=name -W ignore::pytest_benchmark.logger.PytestBenchmarkWarning
+
+# Ten minutes at most; replaces its rows in benchmarks/results, then draws them.
 bench: $(VENV)/.ready
-	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' -o python_functions='bench_*' -o addopts= --benchmark-only
+	$(BIN)/python $(BENCH)
+	$(BIN)/python -m benchmarks.report
+
+# Eight minutes at most, with the Python that is there: torch, triton, timm, transformers, einops, pytest-benchmark.
+bench-gpu:
+	$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "bench-gpu: torch sees no GPU; make bench measures the CPU")'
+	$(PYTHON) $(BENCH)
+
+bench-report: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.report
 
 clean:
 	rm -rf $(VENV) $(DEMO) build dist

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+
+from reference_model.model.cost import peak_bytes as peak_bytes
 
 # Larger than the second-level cache of any GPU: writing it evicts what a row left there.
 _FLUSH_BYTES = 256 * 2**20
@@ -76,26 +77,6 @@ def graph_of(function: Callable[[], Tensor]) -> Callable[[], object]:
     with torch.cuda.graph(graph):
         function()
     return graph.replay
-
-
-def peak_bytes(function: Callable[[], object], device: str = "cpu") -> int:
-    """Bytes held at once while ``function`` runs, beyond what was there before."""
-    function()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        function()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        function()
-    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
 
 
 def roofline(device: str, dtype: torch.dtype) -> tuple[float, float]:

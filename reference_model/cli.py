@@ -29,6 +29,7 @@ COMMANDS = {
     "predict": ("viewing.config:PredictConfig", "viewing.predict:predict"),
     "profile": ("model.profile_config:ProfileConfig", "profile:profile"),
 }
+_WITH_PRESETS = ("train", "profile")
 
 _MENDABLE = {errno.ENAMETOOLONG, errno.EACCES, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -80,10 +81,8 @@ def parse(name: str, arguments: list[str]) -> Any:
         "--config",
         action="config",
         help="YAML file of the options below, repeatable"
-        + (
-            f"; --preset NAME takes one of this package's: {', '.join(preset_names())}"
-            * (name in ("train", "profile"))
-        ),
+        + f"; --preset NAME takes one of this package's: {', '.join(preset_names())}"
+        * (name in _WITH_PRESETS),
     )
     parser.add_class_arguments(config_class, as_group=False)
     files, overrides, expressions = _split(arguments, parser.prog)
@@ -104,7 +103,7 @@ def parse(name: str, arguments: list[str]) -> Any:
 
 
 def _source(name: str, path: Path, config_class: type) -> str:
-    """Check a config file and say what the parser is to read: of a preset, `profile` takes the model alone."""
+    """Check a config file and give what the parser shall read; of a preset, `profile` takes the model."""
     if name == "profile" and path.parent == PRESETS:
         return json.dumps({"model": read_yaml(path, ModelConfig, section="model")})
     read_yaml(path, config_class)

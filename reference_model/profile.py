@@ -3,24 +3,28 @@
 import json
 import platform
 import re
-from collections.abc import Callable, Mapping, Sequence
+import textwrap
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from reference_model.configs import build, preset_file, preset_names, read_yaml
 from reference_model.files import InputError
 from reference_model.model.checkpoint import pick_device
 from reference_model.model.config import ModelConfig
-from reference_model.model.cost import median_latencies, multiply_adds, peak_bytes
+from reference_model.model.cost import latencies, multiply_adds, peak_bytes
 from reference_model.model.metris import METRIS, build_metris
 from reference_model.model.profile_config import ProfileConfig
 
 Rows = list[dict[str, Any]]
+_filled = partial(textwrap.fill, width=110)
 
 # Row -> where it is in METRIS. The parts add up to the whole; the plain image encoder lies within the first.
 PARTS = {
@@ -48,12 +52,13 @@ ELSEWHERE = (
     ("plain Swin-B", 86.88, 85.24, 1290, _RERUN),
 )
 _NOTES = """\
-GMACs: 10^9 multiply-adds of matrix products, convolutions and attention. peak: what the allocator holds at
-once beyond weights and inputs. plain image encoder: {} as timm builds it, a share of the first row."""
+GMACs: 10^9 multiply-adds of matrix products, convolutions and attention. ms: median of the rounds. peak: what
+the allocator holds at once beyond weights and inputs. plain image encoder: {} as timm builds it, a share of
+the first row."""
 _ELSEWHERE_NOTES = """\
 Run before: the peers' released code with random weights, 480 px, 20 tokens, batch 1, float32, torch 2.15, on
-2 shared cores of an Intel Xeon, median of 5. These ms compare with each other, not with those above. 24 of the
-GMACs of DMMI's code are a branch that inference does not use."""
+2 shared cores of an Intel Xeon, median of 5. These ms compare with each other, not with those above. 24 of
+the GMACs of DMMI's code are a branch that inference does not use."""
 
 
 def profile(config: ProfileConfig) -> dict[str, Any]:
@@ -71,7 +76,8 @@ def profile(config: ProfileConfig) -> dict[str, Any]:
     network = replace(config.model, pretrained=False)
     size = network.image_size if config.image_size is None else config.image_size
     tokens = network.max_tokens if config.tokens is None else config.tokens
-    model = build_metris(replace(network, image_size=size)).eval()
+    sized = replace(network, image_size=size)
+    model = build_metris(sized).eval()
     longest = model.text_encoder.bert.config.max_position_embeddings
     if not 3 <= tokens <= longest:
         raise InputError(f"tokens: must be in [3, {longest}], what the text encoder can place; got {tokens}")
@@ -89,7 +95,7 @@ def profile(config: ProfileConfig) -> dict[str, Any]:
         "dtype": "float32",
     }
     if not config.json:
-        print(" · ".join(f"{key} {value}" for key, value in report.items()), flush=True)
+        print(_filled(" · ".join(f"{key} {value}" for key, value in report.items())), flush=True)
     sentences = (max(config.batch_size, config.sentences), tokens)
     try:
         images = torch.randn(config.batch_size, 3, size, size, device=device)
@@ -99,7 +105,7 @@ def profile(config: ProfileConfig) -> dict[str, Any]:
         raise InputError(f"{device}: has too little memory; lower batch_size or sentences") from error
     columns = ("model", "parameters_M", "GMACs", "ms", "source")
     report["not_measured_here"] = [dict(zip(columns, row, strict=True)) for row in ELSEWHERE]
-    report["model"] = asdict(network)
+    report["model"] = asdict(sized)
     print(json.dumps(report, indent=2, default=str) if config.json else _text(report))
     return report
 
@@ -108,18 +114,14 @@ def profile(config: ProfileConfig) -> dict[str, Any]:
 def _measured(
     model: METRIS, images: Tensor, token_ids: Tensor, sentences: int, rounds: int
 ) -> dict[str, Rows]:
-    """Measure the parts at one sentence an image, and the whole at several sentences about the first image."""
-    b, mask, first = (
-        len(images),
-        torch.ones_like(token_ids, dtype=torch.bool),
-        torch.zeros_like(token_ids[:, 0]),
-    )
+    """Measure each part at one sentence an image, and the whole at several sentences about one image."""
+    b, mask, first = len(images), torch.ones_like(token_ids).bool(), torch.zeros_like(token_ids[:, 0])
     batch = (images, token_ids[:b], mask[:b])
-    about_one = {
-        k: partial(model, images[:1], token_ids[:k], mask[:k], first[:k]) for k in sorted({1, sentences})
-    }
+    about_one = {k: (images[:1], token_ids[:k], mask[:k], first[:k]) for k in sorted({1, sentences})}
     calls = _calls(model, *batch)
-    ms = median_latencies(calls | about_one, rounds, images.device)
+    in_turn = calls | {k: partial(model, *inputs) for k, inputs in about_one.items()}
+    bar = tqdm(range(rounds + 1), desc="profile", unit="round", leave=False, disable=None)
+    ms = latencies(in_turn, bar, images.device)
     macs = multiply_adds(model, *batch)
     parts = [
         {
@@ -127,15 +129,22 @@ def _measured(
             "parameters_M": sum(p.numel() for p in model.get_submodule(path).parameters()) / 1e6,
             "GMACs": macs[path] / 1e9,
             "GMACs_%": 100 * macs[path] / macs[""],
-            "ms": ms[row],
-            "ms_%": 100 * ms[row] / ms["whole model"],
+            "ms": median(ms[row]),
+            "least_ms": min(ms[row]),
+            # Round by round: a machine that slows down slows both.
+            "ms_%": median(100 * x / whole for x, whole in zip(ms[row], ms["whole model"])),
             "peak_MiB": peak_bytes(calls[row], images.device) / 2**20,
         }
         for row, path in ROWS.items()
     ]
-    once, each = (x / b / 1e9 for x in (macs["image_encoder"], macs[""] - macs["image_encoder"]))
     shared = [
-        {"sentences": k, "GMACs": once + k * each, "ms": ms[k], "ms_a_sentence": ms[k] / k} for k in about_one
+        {
+            "sentences": k,
+            "GMACs": multiply_adds(model, *inputs)[""] / 1e9,
+            "ms": median(ms[k]),
+            "ms_a_sentence": median(ms[k]) / k,
+        }
+        for k, inputs in about_one.items()
     ]
     return {"parts": parts, "one_image_encoded_once": shared}
 
@@ -170,24 +179,27 @@ def _device_name(device: torch.device) -> str:
 
 
 def _text(report: dict[str, Any]) -> str:
-    return "\n".join(
-        [
-            "",
-            _table(report["parts"]),
-            _NOTES.format(report["model"]["image_encoder"]),
-            "\none image, encoded once for all its sentences",
-            _table(report["one_image_encoded_once"]),
-            "\npublished or run before, not measured here",
-            _table(report["not_measured_here"]),
-            _ELSEWHERE_NOTES,
-        ]
-    )
+    return f"""
+{_table(report["parts"])}
+{_filled(_NOTES.format(report["model"]["image_encoder"]))}
+
+one image, encoded once for all its sentences
+{_table(report["one_image_encoded_once"])}
+
+published or run before, not measured here
+{_table(report["not_measured_here"])}
+{_filled(_ELSEWHERE_NOTES)}"""
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Lay out rows of the same keys, which are the headings; None is "-"."""
-    show = lambda value: f"{value:.2f}" if isinstance(value, float) else "-" if value is None else str(value)
-    cells = [[key.replace("_", " ") for key in rows[0]], *([show(x) for x in row.values()] for row in rows)]
+def _table(rows: Rows) -> str:
+    """Lay out rows of the same keys, which are the headings."""
+    cells = [[key.replace("_", " ") for key in rows[0]], *([_shown(x) for x in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     line = lambda row: [row[0].ljust(widths[0]), *(x.rjust(width) for x, width in zip(row[1:], widths[1:]))]
     return "\n".join("  ".join(line(row)) for row in cells)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.2f}" if value >= 10 else f"{value:.3g}"
+    return "-" if value is None else str(value)

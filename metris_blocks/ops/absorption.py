@@ -8,7 +8,6 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from metris_blocks.ops.aggregation import masked_softmax
 from metris_blocks.ops.shapes import at_least_float32, check_axes, mask_axes, per_row, zero_unless_any
 
 
@@ -77,8 +76,9 @@ def absorbed_attention(
     scale = 1 / math.sqrt(sizes["o"] // num_heads) if scale is None else scale
     query = F.linear(query_tokens, query_weight, query_bias) * scale
     # Autocast knows no autograd.Function: its backward would meet two dtypes.
-    tensors = [x.to(query.dtype) for x in (visual, key_weight, value_weight)]
-    out: Tensor = _Absorbed.apply(query, *tensors, mask, num_heads)[0]
+    visual, key_weight, value_weight = (x.to(query.dtype) for x in (visual, key_weight, value_weight))
+    run: Any = _Absorbed.apply if torch.is_grad_enabled() else _Absorbed.forward
+    out: Tensor = run(query, visual, key_weight, value_weight, mask, num_heads)[0]
     if value_bias is None:
         return out
     # The weights of a row sum to 1, or to 0 where it attends to nothing: there the bias is left out too.
@@ -114,8 +114,7 @@ class _Absorbed(torch.autograd.Function):
         query, key_weight, value_weight = _per_head(query, key_weight, value_weight, num_heads)
         folded = rearrange(torch.bmm(query, key_weight), "heads (b l) c -> b (l heads) c", b=b)
         logits = rearrange(torch.bmm(folded, visual.mT), "b (l heads) n -> b l heads n", heads=num_heads)
-        weights = masked_softmax(logits, None if mask is None else mask[:, :, None])
-        weights = rearrange(weights.to(visual.dtype), "b l heads n -> b (l heads) n")
+        weights = rearrange(_weights(logits, mask).to(visual.dtype), "b l heads n -> b (l heads) n")
         mixed = torch.bmm(weights, visual)
         per_head = rearrange(mixed, "b (l heads) c -> heads (b l) c", heads=num_heads)
         out = rearrange(torch.bmm(per_head, value_weight.mT), "heads (b l) e -> b l (heads e)", b=b)
@@ -156,6 +155,22 @@ class _Absorbed(torch.autograd.Function):
         query_grad = torch.bmm(folded_grad, key_weight.mT)
         query_grad = rearrange(query_grad, "heads (b l) e -> b l (heads e)", b=b)
         return query_grad, visual_grad, key_weight_grad, value_weight_grad, None, None
+
+
+def _weights(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax of finite logits (b, l, heads, n) where mask (b, l, n) is True; zeros in a row without True.
+
+    What `masked_softmax` gives, but the mask is widened over the heads by an addition, not by two fills.
+    """
+    logits = at_least_float32(logits)
+    if mask is None:
+        return logits.softmax(dim=-1)
+    # A row without True attends to all, which is finite, and is zeroed after.
+    some = mask.any(dim=-1, keepdim=True)
+    bias = torch.zeros(mask.shape, dtype=logits.dtype, device=mask.device)
+    bias = bias.masked_fill(some & ~mask, -math.inf)
+    weights = (logits + bias[:, :, None]).softmax(dim=-1)
+    return weights * some[:, :, None].to(weights.dtype)
 
 
 def _per_head(

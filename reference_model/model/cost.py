@@ -1,8 +1,8 @@
 """What a module costs: multiply-adds, latency, peak memory. Torch alone, so that the benchmarks share it."""
 
-import statistics
+import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from math import prod
 from typing import Any
 
@@ -37,18 +37,18 @@ def _own_kernels() -> dict[Any, Callable[..., int]]:
     }
 
 
-def median_latencies(
-    calls: Mapping[Any, Callable[[], object]], rounds: int, device: torch.device
-) -> dict[Any, float]:
-    """Give the median milliseconds of each call over ``rounds``, after one round that warms up.
+def latencies(
+    calls: Mapping[Any, Callable[[], object]], rounds: Iterable[object], device: torch.device
+) -> dict[Any, list[float]]:
+    """Give the milliseconds of each call in each of ``rounds`` but the first, which warms up.
 
     The calls take turns, so that what slows the machine for a while slows all alike.
     """
     times: dict[Any, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds + 1):
+    for _ in rounds:
         for name, call in calls.items():
             times[name].append(_milliseconds(call, device))
-    return {name: statistics.median(ms[1:]) for name, ms in times.items()}
+    return {name: ms[1:] for name, ms in times.items()}
 
 
 def _milliseconds(call: Callable[[], object], device: torch.device) -> float:
@@ -75,6 +75,8 @@ def peak_bytes(call: Callable[[], object], device: torch.device | str = "cpu") -
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    # Else kineto reports every start and stop on stderr; it reads this when it first runs.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with profiler.profile(activities=[profiler.ProfilerActivity.CPU], profile_memory=True) as recorded:
         call()
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]

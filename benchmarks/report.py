@@ -1,0 +1,190 @@
+"""Draw what results/*.json hold, and rewrite the table of results in the README from them.
+
+    python -m benchmarks.report
+
+Writes docs/benchmarks-<device>.png: speed-up over the equations written out, time and memory against n, the
+roofline. The table in the README comes from here alone.
+"""
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+# Rows of the table and bars of the picture, in the order the data meets them.
+STEMS = (
+    "relevance",
+    "selection",
+    "aggregation",
+    "attention",
+    "absorption",
+    "enhancement",
+    "refinement",
+    "relationship",
+    "extractor",
+)
+# Okabe and Ito's colours, told apart by the colour-blind too.
+COLOURS = {
+    "auto": "#0072B2",
+    "literal": "#D55E00",
+    "sdpa": "#009E73",
+    "triton": "#CC79A7",
+    "compiled": "#E69F00",
+}
+
+
+def load() -> dict[str, dict]:
+    """Read the results of every device, by file name."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+
+
+def measured(result: dict, **where: object) -> list[dict]:
+    """Give the rows that were measured and hold these values."""
+    return [
+        row
+        for row in result["rows"]
+        if "ms" in row and all(row[name] == value for name, value in where.items())
+    ]
+
+
+def batch_of(result: dict, stem: str) -> int:
+    """Give the largest batch that was measured at stage 4."""
+    return max((row["b"] for row in measured(result, stem=stem, stage="stage4", provider="auto")), default=0)
+
+
+def table(result: dict) -> str:
+    """Write one device's rows at 480 px, stage 4: milliseconds, and time as a share of the alternatives'."""
+    dtype = "float32" if not measured(result, dtype="bfloat16") else "bfloat16"
+    lines = [
+        f"{result['device']}, {dtype}, 480 px stage 4 (n = 225, c = 1024), l = 21. Below 1 is faster.",
+        "",
+        "| what | b | mode | ms | / equations written out | / SDPA | peak MiB | written out, MiB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for stem in STEMS:
+        where = {"stem": stem, "stage": "stage4", "b": batch_of(result, stem), "dtype": dtype}
+        for mode in ("forward", "forward+backward", "graph"):
+            for row in measured(result, provider="auto", mode=mode, **where):
+                literal = measured(result, provider="literal", mode=mode, **where)
+                lines.append(
+                    f"| {stem} | {row['b']} | {mode} | {row['ms']:.3g} | {row['ratio_to_literal']:.2f} "
+                    f"| {share(row.get('ratio_to_sdpa'))} | {row['peak_mib']:.3g} "
+                    f"| {share(literal[0]['peak_mib'] if literal else None, '.3g')} |"
+                )
+    return "\n".join(lines)
+
+
+def share(value: float | None, form: str = ".2f") -> str:
+    return "" if value is None else f"{value:{form}}"
+
+
+def draw(name: str, result: dict) -> Path:
+    """Draw one device's pictures side by side and give the file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    _speed_ups(axes[0, 0], result)
+    _growth(axes[0, 1], result, "ms", "time of the extractor's forward (ms)")
+    _growth(axes[1, 1], result, "peak_mib", "peak memory of the extractor's forward (MiB)")
+    _roofline(axes[1, 0], result)
+    figure.suptitle(result["device"])
+    path = ROOT / "docs" / f"benchmarks-{name}.png"
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+    return path
+
+
+def _speed_ups(axes, result):
+    bars = {}
+    for stem in STEMS:
+        for row in measured(
+            result, stem=stem, stage="stage4", b=batch_of(result, stem), provider="auto", mode="forward"
+        ):
+            bars[stem] = 1 / row["ratio_to_literal"]
+    axes.barh(list(bars), list(bars.values()), color=COLOURS["auto"])
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.invert_yaxis()
+    axes.set(xlabel="times as fast as the equations written out (forward, n = 225)", title="Speed-up")
+
+
+def _growth(axes, result, what, label):
+    for provider, colour in COLOURS.items():
+        rows = measured(result, stem="extractor", provider=provider, mode="forward", b=1)
+        rows = sorted((row for row in rows if row["dtype"] == "float32"), key=lambda row: row["n"])
+        if len(rows) > 1:
+            axes.loglog(
+                [row["n"] for row in rows], [row[what] for row in rows], "o-", color=colour, label=provider
+            )
+    axes.set(
+        xlabel="visual tokens n (c halves where n quadruples)", ylabel=label, title="Growth with n, b = 1"
+    )
+    axes.legend()
+
+
+def _roofline(axes, result):
+    peak = result["roofline"].get("float32") or next(iter(result["roofline"].values()))
+    low, high = 0.1, 1000
+    intensities = [low * (high / low) ** (i / 100) for i in range(101)]
+    bound = [min(peak["flop_per_s"], x * peak["bytes_per_s"]) / 1e9 for x in intensities]
+    axes.loglog(intensities, bound, color="black", label="measured bound of this machine")
+    for provider in ("auto", "literal"):
+        rows = [
+            row for row in measured(result, provider=provider, mode="forward") if row["stem"] != "selection"
+        ]
+        axes.loglog(
+            [row["gflop"] * 1000 / row["mbytes"] for row in rows],
+            [1000 * row["gflop"] / row["ms"] for row in rows],
+            "o",
+            color=COLOURS[provider],
+            label=provider,
+            alpha=0.7,
+        )
+    axes.set(
+        xlabel="FLOP of the equations per byte that must move",
+        ylabel="GFLOP of the equations per second",
+        title="Roofline",
+    )
+    axes.legend()
+
+
+def rewrite(readme: str, results: dict[str, dict]) -> str:
+    """Put the tables between the marks of the README.
+
+    Raises:
+        ValueError: A mark is missing.
+    """
+    if BEGIN not in readme or END not in readme:
+        raise ValueError(
+            f"README.md: no '{BEGIN}' and '{END}' to write between; put them where the table goes"
+        )
+    parts = []
+    for name, result in results.items():
+        parts += [table(result), "", f"![benchmarks](docs/benchmarks-{name}.png)", ""]
+    text = "\n".join(parts)
+    return re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n{text}{END}", readme, flags=re.DOTALL)
+
+
+def main() -> int:
+    results = load()
+    if not results:
+        print("benchmarks/results holds no .json; run `make bench` first", file=sys.stderr)
+        return 2
+    for name, result in results.items():
+        print(draw(name, result).relative_to(ROOT))
+    readme = ROOT / "README.md"
+    part = readme.with_suffix(".part")
+    part.write_text(rewrite(readme.read_text(), results))
+    os.replace(part, readme)
+    print("README.md")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
