@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
 
-.PHONY: demo test test-slow check bench bench-gpu bench-report clean
+.PHONY: demo test test-slow check bench bench-gpu bench-report bench-compare clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("metris-blocks needs Python >= 3.11, found " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
@@ -51,6 +51,10 @@ bench-gpu:
 
 bench-report: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.report
+
+# This working tree beside another revision, in turns: make bench-compare BASE=HEAD~1 ONLY='extractor .*stage4'
+bench-compare: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.compare $(BASE) $(if $(ONLY),--only '$(ONLY)')
 
 clean:
 	rm -rf $(VENV) $(DEMO) build dist

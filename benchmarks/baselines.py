@@ -6,6 +6,7 @@ All run on the weights of our blocks, so that results can be compared and only t
 import copy
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from einops import rearrange, repeat
@@ -143,13 +144,27 @@ def _additive(mask: Tensor) -> Tensor:
     return torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -math.inf)[:, None]
 
 
+def on_backend(module: nn.Module, backend: str) -> nn.Module:
+    """Copy ``module`` with every kernel from ``backend``, "eager" or "triton"; the weights are shared."""
+    twin = copy.deepcopy(module, {id(p): p for p in module.parameters()})
+    for part in twin.modules():
+        if hasattr(part, "backend"):
+            part.backend = backend
+    return twin
+
+
 def on_triton(module: nn.Module, leaves: Sequence[Tensor], *arguments: Tensor) -> Callable[..., Tensor] | str:
     """Give ``module`` with every kernel from Triton, or the reason why not; the weights are shared."""
     if why := triton.reasons(*leaves):
         return "; ".join(why)
-    memo = {id(p): p for p in module.parameters()}
-    twin = copy.deepcopy(module, memo)
-    for part in twin.modules():
-        if hasattr(part, "backend"):
-            part.backend = "triton"
+    twin = on_backend(module, "triton")
     return lambda *inputs: twin(*inputs, *arguments)
+
+
+def extractor_ways(extractor: VisualExpressionExtractor) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """Give (visual, language) -> tokens of the extractor itself and as written out."""
+    return {
+        "auto": lambda visual, language: extractor(visual, language).tokens,
+        "literal": partial(literal_extractor, extractor),
+        "sdpa": partial(sdpa_extractor, extractor),
+    }

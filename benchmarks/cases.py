@@ -138,6 +138,20 @@ def errors(actual: list[Tensor], truth: list[Tensor]) -> Iterator[float]:
         yield math.inf if error.isnan() else float(error)
 
 
+def require_truth(case: Case, provider: str, mode: str) -> None:
+    """Refuse a wrong way: twice the error of the literal code in its dtype, and rounding, are allowed.
+
+    Raises:
+        AssertionError: Names the provider, its error and what was allowed.
+    """
+    truth = case.truth(mode)
+    actual = case.results(provider, mode)
+    literal = case.results("literal", mode)
+    for one, other, x in zip(errors(actual, truth), errors(literal, truth), actual, strict=True):
+        allowed = 2 * other + 64 * torch.finfo(x.dtype).eps + case.slack
+        assert one <= allowed, f"{provider} is wrong: error {one:.2g}, allowed {allowed:.2g}"
+
+
 def draw(*shape: int, device: str, dtype: torch.dtype, grad: bool = True) -> Tensor:
     """Draw a standard normal tensor in float32 and round it to ``dtype``."""
     return torch.randn(*shape, device=device).to(dtype).requires_grad_(grad)

@@ -14,9 +14,9 @@ import statistics
 
 import torch
 
-from benchmarks.baselines import literal_extractor, sdpa_extractor
-from benchmarks.measure import interleave, peak_bytes
+from benchmarks.baselines import extractor_ways
 from metris_blocks import VisualExpressionExtractor
+from reference_model.model.cost import latencies, peak_bytes
 
 SIZES = (225, 900, 3600, 14400)
 _LARGEST_LITERAL = 3600
@@ -34,10 +34,10 @@ def measure(*, b: int, l: int, c: int, d: int, rounds: int, threads: int) -> dic
             ways = _ways(extractor, torch.randn(b, n, c), torch.randn(b, l, d), backward=mode != "forward")
             if n > _LARGEST_LITERAL:
                 del ways["literal"]
-            times = interleave(ways, rounds)
+            times = latencies(ways, range(rounds + 1), torch.device("cpu"))
             for name, way in ways.items():
                 row = rows.setdefault(name, {"ms": {}, "MiB": {}})
-                row["ms"][n] = 1000 * statistics.median(times[name])
+                row["ms"][n] = statistics.median(times[name])
                 row["MiB"][n] = peak_bytes(way) / 2**20
         report[mode] = {
             name: {
@@ -57,11 +57,6 @@ def fitted_exponent(by_size: dict[int, float]) -> float:
 
 
 def _ways(extractor, visual, language, *, backward):
-    calls = {
-        "ours": lambda visual, language: extractor(visual, language).tokens,
-        "literal": lambda visual, language: literal_extractor(extractor, visual, language),
-        "sdpa": lambda visual, language: sdpa_extractor(extractor, visual, language),
-    }
     leaves = [x.requires_grad_() for x in (visual, language)]
 
     def run(call):
@@ -70,7 +65,7 @@ def _ways(extractor, visual, language, *, backward):
         with torch.inference_mode():
             return call(visual, language)
 
-    return {name: lambda call=call: run(call) for name, call in calls.items()}
+    return {name: lambda call=call: run(call) for name, call in extractor_ways(extractor).items()}
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ COMMANDS = {
     "train": ("training.config:TrainConfig", "training.train:train"),
     "evaluate": ("scoring.config:EvaluateConfig", "scoring.evaluate:evaluate"),
     "predict": ("viewing.config:PredictConfig", "viewing.predict:predict"),
-    "profile": ("model.profile_config:ProfileConfig", "profile:profile"),
+    "profile": ("model.config:ProfileConfig", "profile:profile"),
 }
 _WITH_PRESETS = ("train", "profile")
 

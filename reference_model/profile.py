@@ -1,13 +1,10 @@
 """The command ``profile``: what the model costs, part by part, and beside its peers."""
 
 import json
-import platform
-import re
 import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -18,10 +15,9 @@ from tqdm import tqdm
 from reference_model.configs import build, preset_file, preset_names, read_yaml
 from reference_model.files import InputError
 from reference_model.model.checkpoint import pick_device
-from reference_model.model.config import ModelConfig
-from reference_model.model.cost import latencies, multiply_adds, peak_bytes
+from reference_model.model.config import ModelConfig, ProfileConfig
+from reference_model.model.cost import device_name, latencies, multiply_adds, peak_bytes
 from reference_model.model.metris import METRIS, build_metris
-from reference_model.model.profile_config import ProfileConfig
 
 Rows = list[dict[str, Any]]
 _filled = partial(textwrap.fill, width=110)
@@ -89,7 +85,7 @@ def profile(config: ProfileConfig) -> dict[str, Any]:
         "tokens": tokens,
         "batch_size": config.batch_size,
         "rounds": config.rounds,
-        "device": _device_name(device),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "dtype": "float32",
@@ -168,14 +164,6 @@ def _preset_of(network: ModelConfig) -> str | None:
         if replace(build(ModelConfig, values, source=name), pretrained=False) == network:
             return name
     return None
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
-    return names[0] if names else platform.machine()
 
 
 def _text(report: dict[str, Any]) -> str:

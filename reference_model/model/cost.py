@@ -1,9 +1,12 @@
 """What a module costs: multiply-adds, latency, peak memory. Torch alone, so that the benchmarks share it."""
 
 import os
+import platform
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +14,15 @@ from torch import Tensor, nn, profiler
 from torch.utils.flop_counter import FlopCounterMode
 
 import metris_blocks.ops  # noqa: F401  (registers the kernels that _own_kernels names)
+
+
+def device_name(device: torch.device) -> str:
+    """Name the processor or the GPU, as its maker does."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return names[0] if names else platform.machine()
 
 
 def multiply_adds(model: nn.Module, *inputs: Tensor) -> dict[str, int]:

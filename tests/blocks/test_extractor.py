@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import pad
 
-from benchmarks.measure import peak_bytes
 from benchmarks.scaling import fitted_exponent
 from metris_blocks import VisualExpressionExtractor
 from metris_blocks.layers import MultiHeadAttention
+from reference_model.model.cost import peak_bytes
 from tests import paper
 from tests.conftest import assert_compiles_once, assert_equal
 from tests.strategies import normal, paddings, seeds, sizes
