@@ -10,10 +10,11 @@ import yaml
 import reference_model
 from benchmarks.baselines import on_backend
 from benchmarks.cases import DTYPES, Case, Size, draw, rows
+from reference_model.model.build import build_metris
 from reference_model.model.config import ModelConfig
 from reference_model.model.cost import multiply_adds
 from reference_model.model.loss import MetrisLoss
-from reference_model.model.metris import METRIS, build_metris
+from reference_model.model.metris import METRIS
 
 SENTENCES, WORDS = 5, 20
 # On a CPU the small model: the paper's takes seconds an image there (`metris profile`).
@@ -90,8 +91,8 @@ def bench_training(row, device, size, dtype):
         shared = torch.zeros(SENTENCES, dtype=torch.long, device=device)
         repeated = lambda image: model(image.expand(SENTENCES, -1, -1, -1), token_ids, real)
         return {
-            "literal": lambda image: loss(repeated(image), target).total,
-            "auto": lambda image: loss(model(image, token_ids, real, shared), target).total,
+            "literal": lambda image: loss(repeated(image), target, real).total,
+            "auto": lambda image: loss(model(image, token_ids, real, shared), target, real).total,
         }
 
     measured(row, build, model, image, token_ids, real)

@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,34 +37,33 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def names() -> Iterator[str]:
     """Yield "stem size mode" of every row that can be compared."""
-    for stem, function in _benchmarks().items():
-        values = {mark.args[0]: mark.args[1] for mark in function.pytestmark if mark.name == "parametrize"}
-        if "auto" in values["provider"]:
-            yield from (f"{stem} {size} {mode}" for size in values["size"] for mode in MODES)
+    for path in sorted(ROOT.glob("benchmarks/bench_*.py")):
+        for stem in re.findall(r"^def bench_(\w+)\(", path.read_text(), re.MULTILINE):
+            values = _parameters(_benchmark(stem))
+            if "auto" in values["provider"]:
+                yield from (f"{stem} {size} {mode}" for size in values["size"] for mode in MODES)
 
 
 def case_of(stem: str, size: str) -> Case:
     """Build the case of a benchmark, as `make bench` does."""
-    function = _benchmarks()[stem]
-    sizes = next(m.args[1] for m in function.pytestmark if m.name == "parametrize" and m.args[0] == "size")
-    chosen: Size = next(one for one in sizes if str(one) == size)
+    function = _benchmark(stem)
+    chosen: Size = next(one for one in _parameters(function)["size"] if str(one) == size)
     built: list[Case] = []
     torch.manual_seed(0)
     function(row=built.append, device=DEVICE, size=chosen, dtype="float32")
     return built[0]
 
 
-def _benchmarks() -> dict:
-    modules = [
-        importlib.import_module(f"benchmarks.{path.stem}")
-        for path in sorted(ROOT.glob("benchmarks/bench_*.py"))
-    ]
-    return {
-        name.removeprefix("bench_"): function
-        for module in modules
-        for name, function in vars(module).items()
-        if name.startswith("bench_")
-    }
+def _benchmark(stem: str) -> Any:
+    """Import the one file with this benchmark: another tree may lack what the other files ask for."""
+    for path in ROOT.glob("benchmarks/bench_*.py"):
+        if f"\ndef bench_{stem}(" in path.read_text():
+            return getattr(importlib.import_module(f"benchmarks.{path.stem}"), f"bench_{stem}")
+    raise LookupError(f"there is no benchmark {stem}")
+
+
+def _parameters(function: Any) -> dict[str, list]:
+    return {mark.args[0]: mark.args[1] for mark in function.pytestmark if mark.name == "parametrize"}
 
 
 # ------------------------------------------------------------------------------------- the process of a tree

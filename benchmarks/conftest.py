@@ -27,7 +27,7 @@ KEY = ("stem", "provider", "mode", "stage", "b", "dtype")
 # Every row is compared, in turns, with these.
 REFERENCES = ("literal", "sdpa")
 # Seconds that a row on the CPU may take, its references included; between 3 and 20 rounds.
-_CPU_SECONDS = 0.6
+_CPU_SECONDS = 0.4
 # Seconds for all rows together; those that come later say so.
 _ALL_SECONDS = 420 if DEVICE == "cuda" else 540
 _NAME = device_name(torch.device(DEVICE)) + (
@@ -35,6 +35,16 @@ _NAME = device_name(torch.device(DEVICE)) + (
 )
 _started = time.monotonic()
 _rows: list[Row] = []
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Measure small sizes first: on a slow machine time runs out on large ones."""
+
+    def cost(item: pytest.Item) -> int:
+        size = item.callspec.params["size"]
+        return size.b * size.n
+
+    items.sort(key=cost)
 
 
 @pytest.fixture

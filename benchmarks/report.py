@@ -65,8 +65,8 @@ def table(result: dict) -> str:
     """Write one device's rows at 480 px, stage 4: milliseconds, and time as a share of the alternatives'."""
     dtype = "float32" if not measured(result, dtype="bfloat16") else "bfloat16"
     lines = [
-        f"{result['device']}, {dtype}; 480 px stage 4 (n = 225, c = 1024), l = 21. The last three are {_model(result)}:",
-        "one sentence, five about one image, and the loss of five. Below 1 is faster.",
+        f"{result['device']}, {dtype}; 480 px stage 4 (n = 225, c = 1024), l = 21. Below 1 is faster.",
+        f"The last three are {_model(result)}: one sentence, five about one image, and the loss of five.",
         "",
         "| what | b | mode | ms | / equations written out | / SDPA | peak MiB | written out, MiB |",
         "|---|---|---|---|---|---|---|---|",

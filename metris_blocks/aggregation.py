@@ -1,5 +1,8 @@
 """Aggregation block: curated visual tokens -> one visual token per expression token."""
 
+import math
+
+import torch
 from torch import Tensor, nn
 
 from metris_blocks.ops.aggregation import masked_softmax_aggregation
@@ -13,6 +16,7 @@ class MaskedSoftmaxAggregation(nn.Module):
         visual_dim: c, channels of the visual tokens (1024 for Swin-B stage 4).
         dim: d, channels of the guidance tokens.
         temperature: Divides the scores in the softmax, > 0; 1 is Eq. 5 as printed.
+        learn_temperature: Train it, stored as its log, from ``temperature`` on.
         divide_by_count: Keep the 1/N_p of Eq. 5.
         backend: As in `top_r_mask`.
 
@@ -26,6 +30,7 @@ class MaskedSoftmaxAggregation(nn.Module):
         dim: int,
         *,
         temperature: float = 1.0,
+        learn_temperature: bool = False,
         divide_by_count: bool = True,
         backend: CurationBackend = "auto",
     ) -> None:
@@ -33,6 +38,9 @@ class MaskedSoftmaxAggregation(nn.Module):
         if not temperature > 0:
             raise ValueError(f"MaskedSoftmaxAggregation: temperature must be > 0, got {temperature:g}")
         self.temperature = temperature
+        self.log_temperature = (
+            nn.Parameter(torch.tensor(math.log(temperature))) if learn_temperature else None
+        )
         self.divide_by_count = divide_by_count
         self.backend: CurationBackend = backend
         # Eq. 5 leaves c -> d unsaid. Projecting after the average costs l rows instead of n.
@@ -45,11 +53,14 @@ class MaskedSoftmaxAggregation(nn.Module):
 
         ``assume_finite`` is that of `masked_softmax_aggregation`.
         """
+        temperature = self.temperature
+        if self.log_temperature is not None:
+            scores, temperature = scores / self.log_temperature.exp(), 1.0
         aggregated = masked_softmax_aggregation(
             scores,
             dynamic_mask,
             visual,
-            temperature=self.temperature,
+            temperature=temperature,
             divide_by_count=self.divide_by_count,
             assume_finite=assume_finite,
             backend=self.backend,

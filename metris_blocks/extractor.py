@@ -1,6 +1,6 @@
 """The visual expression extractor: the one place where blocks meet blocks (METRIS 3.2)."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -8,7 +8,7 @@ from metris_blocks.aggregation import MaskedSoftmaxAggregation
 from metris_blocks.curation import RelevanceCuration
 from metris_blocks.layers import Norm
 from metris_blocks.ops.backends import Backend, CurationBackend
-from metris_blocks.ops.shapes import zero_unless_any
+from metris_blocks.ops.shapes import check_axes, check_mask, zero_unless_any
 from metris_blocks.refinement import DynamicMaskCrossAttention
 from metris_blocks.relationship import VisualRelationshipSelfAttention
 
@@ -40,7 +40,13 @@ class VisualExpressionExtractor(nn.Module):
         dropout: Probability of zeroing a channel that attention or MLP adds, in [0, 1).
         norm: "pre", or "none" for Eq. 6 and 7 to the letter.
         temperature: Divides the scores in the softmax of Eq. 5, > 0; 1 is the paper's.
+        learn_temperature: Train it, from ``temperature`` on.
+        straight_through: In training, pass Eq. 5's gradient to all tokens as if all were curated; the values
+            stay those of the curated ones. As printed, what is not curated gets none.
         divide_by_count: Keep the 1/N_p of Eq. 5.
+        mask_softmax: Let the softmax of Eq. 5 see curated tokens only; else all (METRIS Table 8b).
+        refine: Include Eq. 6 (step 2; METRIS Table 6a).
+        relate: Include Eq. 7 (step 3; METRIS Table 6a).
         backend: As in `masked_attention`; "triton" runs curation and aggregation on its kernels too.
     """
 
@@ -57,27 +63,36 @@ class VisualExpressionExtractor(nn.Module):
         dropout: float = 0.0,
         norm: Norm = "pre",
         temperature: float = 1.0,
+        learn_temperature: bool = False,
+        straight_through: bool = False,
         divide_by_count: bool = True,
+        mask_softmax: bool = True,
+        refine: bool = True,
+        relate: bool = True,
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
         chain: CurationBackend = "triton" if backend == "triton" else "auto"
         self.curation = RelevanceCuration(visual_dim, language_dim, joint_dim, ratio=ratio, backend=chain)
         self.aggregation = MaskedSoftmaxAggregation(
-            visual_dim, dim, temperature=temperature, divide_by_count=divide_by_count, backend=chain
-        )
-        self.refinement = DynamicMaskCrossAttention(
-            dim,
             visual_dim,
-            num_heads=num_heads,
-            mlp_ratio=mlp_ratio,
-            dropout=dropout,
-            norm=norm,
-            backend=backend,
+            dim,
+            temperature=temperature,
+            learn_temperature=learn_temperature,
+            divide_by_count=divide_by_count,
+            backend=chain,
         )
-        self.relationship = VisualRelationshipSelfAttention(
-            dim, num_heads=num_heads, mlp_ratio=mlp_ratio, dropout=dropout, norm=norm, backend=backend
-        )
+        self.straight_through = straight_through
+        self.mask_softmax = mask_softmax
+        layer: dict[str, Any] = {
+            "num_heads": num_heads,
+            "mlp_ratio": mlp_ratio,
+            "dropout": dropout,
+            "norm": norm,
+            "backend": backend,
+        }
+        self.refinement = DynamicMaskCrossAttention(dim, visual_dim, **layer) if refine else None
+        self.relationship = VisualRelationshipSelfAttention(dim, **layer) if relate else None
 
     def forward(
         self,
@@ -86,6 +101,7 @@ class VisualExpressionExtractor(nn.Module):
         *,
         visual_mask: Tensor | None = None,
         language_mask: Tensor | None = None,
+        cue_mask: Tensor | None = None,
     ) -> VisualExpression:
         """Extract the visual expression.
 
@@ -94,14 +110,31 @@ class VisualExpressionExtractor(nn.Module):
             language: (b, l, language_dim) tokens Q̂_L; index 0 is the global cue.
             visual_mask: (b, n) bool; True = real token.
             language_mask: (b, l) bool; True = real token.
+            cue_mask: (b, l) bool; True = a token that curates. The others are scored, and their rows of the
+                visual expression are zero. None: all do.
         """
         scores, dynamic_mask = self.curation(
             visual, language, visual_mask=visual_mask, language_mask=language_mask
         )
+        if cue_mask is not None:
+            check_axes("VisualExpressionExtractor", language=(language, "b l d"), cue_mask=(cue_mask, "b l"))
+            check_mask("VisualExpressionExtractor", cue_mask=cue_mask)
+            dynamic_mask = dynamic_mask & cue_mask[..., None]
+            language_mask = cue_mask if language_mask is None else cue_mask & language_mask
         # Padding is all that may hold NaN: hidden once, here, and not again in every block.
         if visual_mask is not None:
             (visual,) = zero_unless_any(visual_mask, visual)
-        aggregated = self.aggregation(scores, dynamic_mask, visual, assume_finite=True)
-        refined = self.refinement(aggregated, visual, dynamic_mask, assume_finite=True)
-        tokens = self.relationship(refined, language_mask)
+        everywhere = dynamic_mask.any(dim=-1, keepdim=True).expand_as(dynamic_mask)
+        everywhere = everywhere if visual_mask is None else everywhere & visual_mask[:, None]
+        softmax_mask = dynamic_mask if self.mask_softmax else everywhere
+        tokens = self.aggregation(scores, softmax_mask, visual, assume_finite=True)
+        if self.straight_through and self.training:
+            soft = self.aggregation(scores, everywhere, visual, assume_finite=True)
+            tokens = soft + (tokens - soft).detach()
+        if self.refinement is not None:
+            tokens = self.refinement(tokens, visual, dynamic_mask, assume_finite=True)
+        if self.relationship is not None:
+            tokens = self.relationship(tokens, language_mask)
+        elif language_mask is not None:
+            (tokens,) = zero_unless_any(language_mask, tokens)
         return VisualExpression(tokens, scores, dynamic_mask)

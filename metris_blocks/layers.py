@@ -1,13 +1,16 @@
 """What blocks share: multi-head attention, the feed-forward net, and the layer made of both."""
 
+import math
 from typing import Literal
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from metris_blocks.ops.absorption import absorbed_attention, absorbs
 from metris_blocks.ops.attention import masked_attention
 from metris_blocks.ops.backends import Backend
+from metris_blocks.ops.shapes import at_least_float32, per_row
 
 Norm = Literal["pre", "none"]
 
@@ -52,6 +55,23 @@ class MultiHeadAttention(nn.Module):
         attend = self._absorbed if self._absorbs(x, context) else self._projected
         out: Tensor = self.dropout(self.out_proj(attend(x, context, mask)))
         return out
+
+    def attention_map(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Give the softmax weights that ``forward`` uses and no kernel returns: (b, heads, l, n).
+
+        Computed anew, in at least float32; rows that attend to nothing are zero.
+        """
+        query, key = (
+            rearrange(at_least_float32(proj(tokens)), "b s (heads e) -> b heads s e", heads=self.num_heads)
+            for proj, tokens in ((self.q_proj, x), (self.k_proj, context))
+        )
+        with torch.autocast(x.device.type, enabled=False):
+            logits = query @ key.mT / math.sqrt(query.shape[-1])
+        if mask is None:
+            return logits.softmax(dim=-1)
+        allowed = per_row("attention_map", mask, x.shape[1])[:, None]
+        weights = logits.masked_fill(~allowed, -math.inf).softmax(dim=-1)
+        return torch.where(allowed, weights, 0)
 
     def _absorbs(self, x: Tensor, context: Tensor) -> bool:
         (l, o), (n, c) = x.shape[1:], context.shape[1:]
@@ -140,3 +160,8 @@ class AttentionLayer(nn.Module):
         x = x + self.attention(normed, normed if context is None else context, mask)
         out: Tensor = x + self.mlp(self.mlp_norm(x))
         return out
+
+    def attention_map(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Give the weights of this layer's attention, (b, heads, l, n), for the inputs of ``forward``."""
+        normed = self.attention_norm(x)
+        return self.attention.attention_map(normed, normed if context is None else context, mask)

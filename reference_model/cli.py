@@ -27,9 +27,11 @@ COMMANDS = {
     "train": ("training.config:TrainConfig", "training.train:train"),
     "evaluate": ("scoring.config:EvaluateConfig", "scoring.evaluate:evaluate"),
     "predict": ("viewing.config:PredictConfig", "viewing.predict:predict"),
+    "ablate": ("training.config:AblateConfig", "ablate:ablate"),
     "profile": ("model.config:ProfileConfig", "profile:profile"),
+    "push": ("model.config:PushConfig", "model.sharing:share"),
 }
-_WITH_PRESETS = ("train", "profile")
+_WITH_PRESETS = ("train", "ablate", "profile")
 
 _MENDABLE = {errno.ENAMETOOLONG, errno.EACCES, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -123,7 +125,7 @@ def _split(arguments: list[str], prog: str) -> tuple[list[Path], list[str], list
             files.append(preset_file(value) if name == "--preset" else Path(value))
         elif name == "--expression" and (has_value or waiting):
             expressions.append(value if has_value else waiting.pop(0))
-        elif name in ("--json", "--baselines", "--cache") and not has_value:
+        elif name in ("--json", "--baselines", "--cache", "--private") and not has_value:
             follows = waiting[:1] in (["true"], ["false"])
             overrides.append(f"{name}={waiting.pop(0) if follows else 'true'}")
         else:

@@ -50,9 +50,15 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     try:
         fresh = room / path.name
         yield fresh
-        if fresh.is_dir() and path.is_dir():
-            os.replace(path, room / "replaced")
-        os.replace(fresh, path)
+        if not (fresh.is_dir() and path.is_dir()):
+            os.replace(fresh, path)
+            return
+        os.replace(path, room / "replaced")
+        try:
+            os.replace(fresh, path)
+        except BaseException:
+            os.replace(room / "replaced", path)
+            raise
     except OSError as error:
         # A full disk names no file. An error about some other file is not ours to explain.
         if error.filename is not None and not str(error.filename).startswith((str(path), str(room))):

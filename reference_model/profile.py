@@ -14,10 +14,11 @@ from tqdm import tqdm
 
 from reference_model.configs import build, preset_file, preset_names, read_yaml
 from reference_model.files import InputError
+from reference_model.model.build import build_metris
 from reference_model.model.checkpoint import pick_device
 from reference_model.model.config import ModelConfig, ProfileConfig
 from reference_model.model.cost import device_name, latencies, multiply_adds, peak_bytes
-from reference_model.model.metris import METRIS, build_metris
+from reference_model.model.metris import METRIS
 
 Rows = list[dict[str, Any]]
 _filled = partial(textwrap.fill, width=110)
@@ -26,8 +27,8 @@ _filled = partial(textwrap.fill, width=110)
 PARTS = {
     "image encoder": "image_encoder",
     "text encoder": "text_encoder",
-    "language enhancer": "enhancer",
-    "extractor": "extractor",
+    "language enhancer": "guidance.enhancer",
+    "extractor": "guidance.extractor",
     "decoder": "decoder",
 }
 ROWS = PARTS | {"whole model": "", "plain image encoder": "image_encoder.backbone"}
@@ -49,8 +50,8 @@ ELSEWHERE = (
 )
 _NOTES = """\
 GMACs: 10^9 multiply-adds of matrix products, convolutions and attention. ms: median of the rounds. peak: what
-the allocator holds at once beyond weights and inputs. plain image encoder: {} as timm builds it, a share of
-the first row."""
+the allocator holds at once beyond weights and inputs. plain image encoder: {} as its library has it, a share
+of the first row."""
 _ELSEWHERE_NOTES = """\
 Run before: the peers' released code with random weights, 480 px, 20 tokens, batch 1, float32, torch 2.15, on
 2 shared cores of an Intel Xeon, median of 5. These ms compare with each other, not with those above. 24 of
@@ -74,7 +75,7 @@ def profile(config: ProfileConfig) -> dict[str, Any]:
     tokens = network.max_tokens if config.tokens is None else config.tokens
     sized = replace(network, image_size=size)
     model = build_metris(sized).eval()
-    longest = model.text_encoder.bert.config.max_position_embeddings
+    longest = model.text_encoder.longest
     if not 3 <= tokens <= longest:
         raise InputError(f"tokens: must be in [3, {longest}], what the text encoder can place; got {tokens}")
     if config.threads is not None:

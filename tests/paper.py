@@ -295,16 +295,31 @@ def extract(
     ratio: float,
     temperature: float = 1.0,
     divide_by_count: bool = True,
+    mask_softmax: bool = True,
+    refine: bool = True,
+    relate: bool = True,
     visual_mask: Tensor | None = None,
     language_mask: Tensor | None = None,
+    cue_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """F_v, Q̂_L -> Q̂_V, S_c, M: the visual expression extractor."""
+    """F_v, Q̂_L -> Q̂_V, S_c, M: the visual expression extractor, or a variant of Tables 6, 8b and 9."""
     masks = {"visual_mask": visual_mask, "language_mask": language_mask}
     scores, mask = curate(visual, language, below(weights, "curation"), ratio, **masks)
     visual = without_padding(visual, visual_mask)
-    aggregated = eq5_aggregate(scores, mask, visual, temperature=temperature, divide_by_count=divide_by_count)
-    aggregated = linear(aggregated, below(weights, "aggregation.proj"))
-    refined = attention_layer(aggregated, visual, mask, below(weights, "refinement.layer"), num_heads)
-    refined = without_padding(refined, language_mask)
-    tokens = attention_layer(refined, None, language_mask, below(weights, "relationship.layer"), num_heads)
-    return without_padding(tokens, language_mask), scores, mask
+    cues = torch.ones(scores.shape[:2], dtype=torch.bool)
+    for given in (language_mask, cue_mask):
+        cues = cues if given is None else cues & given
+    mask = without_padding(mask, cues)
+    seen = mask
+    if not mask_softmax:
+        # Every real visual token, for each cue.
+        real = torch.ones(visual.shape[:2], dtype=torch.bool) if visual_mask is None else visual_mask
+        seen = without_padding(real[:, None].expand_as(mask), cues)
+    tokens = eq5_aggregate(scores, seen, visual, temperature=temperature, divide_by_count=divide_by_count)
+    tokens = linear(tokens, below(weights, "aggregation.proj"))
+    if refine:
+        tokens = attention_layer(tokens, visual, mask, below(weights, "refinement.layer"), num_heads)
+    if relate:
+        tokens = without_padding(tokens, cues)
+        tokens = attention_layer(tokens, None, cues, below(weights, "relationship.layer"), num_heads)
+    return without_padding(tokens, cues), scores, mask

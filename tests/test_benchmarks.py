@@ -124,7 +124,9 @@ def bench(*options, folder):
     """Run benchmarks as `make bench` does, their results in ``folder``."""
     command = re.search(r"^BENCH := ((?:.*\\\n)*.*)$", (ROOT / "Makefile").read_text(), re.M)[1]
     words = shlex.split(command.replace("\\\n", " "))
-    environment = os.environ | {"METRIS_BENCH_RESULTS": str(folder)}
+    # Told of xdist, pytest-benchmark would refuse to measure.
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment = ours | {"METRIS_BENCH_RESULTS": str(folder)}
     return subprocess.run(
         [sys.executable, *words, *options], cwd=ROOT, env=environment, capture_output=True, text=True
     )

@@ -147,6 +147,18 @@ def plain_field(entry: Any, key: str, kind: type, where: str) -> Any:
     if key not in entry:
         raise InputError(f"{where} has no {key!r}, only {shown(list(entry))}; {MEND}")
     value = entry[key]
-    if type(value) is not kind or (kind is int and not -(2**63) <= value < 2**63):
+    if not _is_plain(value, kind):
         raise InputError(f"{where} has {key!r} = {shown(value)}, expected {kind.__name__}; {MEND}")
     return value
+
+
+def plain_list(entry: Any, key: str, kind: type, where: str) -> list[Any]:
+    """Take ``entry[key]``, which must be a list of nothing but ``kind``; raises as `plain_field` does."""
+    values = plain_field(entry, key, list, where)
+    if not all(_is_plain(value, kind) for value in values):
+        raise InputError(f"{where} has {key!r} = {shown(values)}, expected a list of {kind.__name__}; {MEND}")
+    return values
+
+
+def _is_plain(value: Any, kind: type) -> bool:
+    return type(value) is kind and (kind is not int or -(2**63) <= value < 2**63)

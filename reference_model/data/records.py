@@ -1,4 +1,4 @@
-"""The one record type of all readers: one sentence about one object of one image."""
+"""The one record type of all readers: one sentence about one image, with what it refers to there."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +30,7 @@ class Record:
     """The sentence."""
 
     segmentation: list[list[float]] | dict[str, Any] = field(repr=False, hash=False)
-    """The object: COCO polygons ``[[x0, y0, x1, y1, ...], ...]`` in pixels, or an RLE dict of any kind."""
+    """All it refers to: COCO polygons ``[[x0, y0, x1, y1, ...], ...]`` in pixels, or any RLE dict."""
 
     split: str
     """train, val, testA, testB or test."""
@@ -38,8 +38,8 @@ class Record:
     ref_id: int
     """The object with all of its sentences."""
 
-    ann_id: int
-    """The annotation in ``instances.json``."""
+    ann_id: int | tuple[int, ...]
+    """The annotation in ``instances.json``; in gRefCOCO any number of them, () where there is no target."""
 
     image_id: int
     """The image in ``instances.json``."""
@@ -47,11 +47,16 @@ class Record:
     sent_id: int
     """The sentence."""
 
-    category_id: int
-    """COCO category of the object, 1 to 90."""
+    category_id: int | tuple[int, ...]
+    """COCO category of the object, 1 to 90; in gRefCOCO those of the objects."""
+
+    @property
+    def no_target(self) -> bool:
+        """Whether the sentence refers to nothing in the image, so that its mask is empty."""
+        return self.ann_id == ()
 
     def mask(self) -> np.ndarray:
-        """(height, width) bool, True inside the object; see :func:`segmentation_mask`."""
+        """(height, width) bool, True inside what it refers to; see :func:`segmentation_mask`."""
         owner = f"{self.image}: annotation {self.ann_id}"
         return segmentation_mask(self.segmentation, self.height, self.width, owner=owner)
 

@@ -4,7 +4,7 @@ import difflib
 import os
 import warnings
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 from reference_model.data.plain import (
     MEND,
@@ -28,6 +28,14 @@ IMAGE_FOLDERS = (
 )
 
 
+class Target(NamedTuple):
+    """What a ref refers to; the fields are those of `Record`."""
+
+    ann_id: int | tuple[int, ...]
+    category_id: int | tuple[int, ...]
+    segmentation: Any
+
+
 class Refer:
     """A data set in REFER's layout, read and checked whole.
 
@@ -43,11 +51,14 @@ class Refer:
         InputError: A file is missing or malformed, or an entry contradicts another one.
     """
 
+    refs_name: ClassVar[str] = "refs({}).p"
+    read_refs: ClassVar[Any] = staticmethod(read_plain_pickle)
+
     def __init__(self, root: str | Path, dataset: str = "refcoco", split_by: str = "unc") -> None:
         self.root = Path(root)
-        self.refs_file = _refs_file(self.root, dataset, split_by)
+        self.refs_file = _refs_file(self.root, dataset, split_by, self.refs_name)
         self.instances_file = self.root / dataset / "instances.json"
-        refs = read_plain_pickle(self.refs_file)
+        refs = self.read_refs(self.refs_file)
         if type(refs) is not list or not refs:
             raise InputError(f"{self.refs_file}: holds {shown(refs)}, expected a list of refs; {MEND}")
         instances = read_plain_json(self.instances_file)
@@ -59,6 +70,7 @@ class Refer:
             image_id = plain_field(annotation, "image_id", int, where)
             self._annotations_of.setdefault(image_id, []).append(annotation)
         self._sizes = {id: self._checked_image(id, image) for id, image in self._images.items()}
+        self._sound: set[int] = set()  # annotations whose segmentation was checked
         self._records: dict[str, list[Record]] = {}
         self._read(refs)
         self.splits = {split: len(records) for split, records in self._records.items()}
@@ -115,21 +127,20 @@ class Refer:
     def _read(self, refs: list[Any]) -> None:
         folder: Path | None = None
         paths: dict[int, Path] = {}
-        sound: set[int] = set()
         wordless: list[str] = []
         for index, ref in enumerate(refs):
             where = f"{self.refs_file}: refs[{index}]"
             ref_id = plain_field(ref, "ref_id", int, where)
             where = f"{where} (ref_id {ref_id})"
-            ann_id, image_id, category_id = (
-                plain_field(ref, key, int, where) for key in ("ann_id", "image_id", "category_id")
-            )
+            image_id = plain_field(ref, "image_id", int, where)
             split = plain_field(ref, "split", str, where)
-            annotation = self._annotation(ann_id, image_id, where)
+            if image_id not in self._images:
+                raise InputError(
+                    f"{where} names image {image_id}, which is not among the {len(self._images)} of "
+                    f"{self.instances_file}; use the instances.json that came with the refs file"
+                )
+            target = self._target(ref, image_id, where)
             height, width = self._sizes[image_id]
-            if ann_id not in sound:
-                self._check_segmentation(annotation, height, width)
-                sound.add(ann_id)
             if image_id not in paths:
                 name = self._images[image_id]["file_name"]
                 folder = folder or _image_folder(self.root, name)
@@ -146,27 +157,26 @@ class Refer:
                     height=height,
                     width=width,
                     expression=expression,
-                    segmentation=annotation["segmentation"],
                     split=split,
                     ref_id=ref_id,
-                    ann_id=ann_id,
                     image_id=image_id,
                     sent_id=sent_id,
-                    category_id=category_id,
+                    **target._asdict(),
                 )
                 self._records.setdefault(split, []).append(record)
         if wordless:
             warnings.warn(f"{wordless[0]} has no words; {len(wordless)} such left out", stacklevel=3)
 
-    def _annotation(self, ann_id: int, image_id: int, where: str) -> dict[str, Any]:
+    def _target(self, ref: dict[str, Any], image_id: int, where: str) -> Target:
+        """Take what a ref refers to, checked."""
+        ann_id, category_id = (plain_field(ref, key, int, where) for key in ("ann_id", "category_id"))
+        return Target(ann_id, category_id, self._segmentation(ann_id, image_id, where))
+
+    def _segmentation(self, ann_id: int, image_id: int, where: str) -> Any:
+        """Take the segmentation of an annotation that must lie on this image, checked."""
         if ann_id not in self._annotations:
             raise InputError(
                 f"{where} names annotation {ann_id}, which is not among the {len(self._annotations)} of "
-                f"{self.instances_file}; use the instances.json that came with the refs file"
-            )
-        if image_id not in self._images:
-            raise InputError(
-                f"{where} names image {image_id}, which is not among the {len(self._images)} of "
                 f"{self.instances_file}; use the instances.json that came with the refs file"
             )
         annotation = self._annotations[ann_id]
@@ -175,7 +185,10 @@ class Refer:
                 f"{where} names image {image_id}, but its annotation {ann_id} lies on image "
                 f"{annotation['image_id']} in {self.instances_file}; {MEND}"
             )
-        return annotation
+        if ann_id not in self._sound:
+            self._check_segmentation(annotation, *self._sizes[image_id])
+            self._sound.add(ann_id)
+        return annotation["segmentation"]
 
     def _check_segmentation(self, annotation: dict[str, Any], height: int, width: int) -> None:
         where = f"{self.instances_file}: annotation {annotation['id']}"
@@ -186,13 +199,14 @@ class Refer:
             raise InputError(f"{where}: {defect}; {MEND}")
 
 
-def _refs_file(root: Path, dataset: str, split_by: str) -> Path:
+def _refs_file(root: Path, dataset: str, split_by: str, name: str) -> Path:
     folder = root / dataset
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; {root} holds {listing(root)}")
-    path = folder / f"refs({split_by}).p"
+    path = folder / name.format(split_by)
     if not path.is_file():
-        known = sorted(found.name[5:-3] for found in folder.glob("refs(*).p"))
+        before, after = map(len, name.split("{}"))
+        known = sorted(found.name[before:-after] for found in folder.glob(name.format("*")))
         there = f"use split_by {' or '.join(known)}" if known else f"{folder} holds {listing(folder)}"
         raise InputError(f"{path}: no such file; {there}")
     return path

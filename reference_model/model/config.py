@@ -4,23 +4,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+GuidanceName = Literal["pure_le", "enhanced_le", "ve", "enhanced_le+pixels", "enhanced_le+ve"]
+
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The network. Defaults: METRIS with Swin-B and BERT-base at 480 px."""
 
     image_encoder: str = "swin_base_patch4_window12_384.ms_in22k"
-    """Any timm model with feature maps, by name."""
+    """Any timm model with feature maps, by name; or transformers' Swin, as transformers/NAME, such as
+    transformers/microsoft/swin-base-patch4-window12-384-in22k."""
     image_encoder_options: dict[str, Any] = field(default_factory=lambda: {"drop_path_rate": 0.3})
-    """Keyword arguments for timm's constructor. Drop path 0.3 is LAVT's; the paper is silent."""
+    """Keyword arguments for timm's constructor, or transformers' SwinConfig. Drop path 0.3 is LAVT's; the
+    paper is silent. With window_size 15 instead of 12, no window is padded at 480 px."""
     image_size: int = 480
     """Side of the square that images are resized to, in pixels."""
     coordinates: bool = False
     """Add a learned map of position to each feature map, akin to CRIS's CoordConv; the paper names none."""
     text_encoder: str = "bert-base-uncased"
-    """Name or local folder of a BERT; read only where pretrained or text_weights ask for it."""
+    """BERT, its kin or CLIP's text encoder, by transformers' name; read only where pretrained asks for it."""
     text_encoder_options: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments for transformers' BertConfig; its defaults are BERT-base."""
+    """From scratch: keyword arguments for transformers' BertConfig, whose defaults are BERT-base; or a
+    model_type such as roberta or clip_text_model, and keyword arguments for its config."""
     vocab_size: int = 30522
     """Entries of the tokenizer's vocabulary; training from scratch sets it to the vocabulary it builds."""
     max_tokens: int = 20
@@ -28,7 +33,8 @@ class ModelConfig:
     pretrained: bool = False
     """Fetch ImageNet-22K and BERT weights through timm and transformers (needs a network or their cache)."""
     image_weights: Path | None = None
-    """Local file of timm weights for the image encoder, instead of fetching."""
+    """Local weights for the image encoder, instead of fetching: a file of timm's, a folder of transformers',
+    or for either Swin a .pth file of the original Swin Transformer."""
     text_weights: Path | None = None
     """Local folder of transformers weights and vocabulary for the text encoder, instead of fetching."""
     guidance_dim: int = 768
@@ -41,6 +47,24 @@ class ModelConfig:
     """Heads of every attention outside the encoders; the paper is silent."""
     mlp_ratio: float = 4.0
     """Hidden channels per channel in every MLP outside the encoders; the paper is silent."""
+    guidance: GuidanceName = "enhanced_le+ve"
+    """What guides the decoder (Table 5): linguistic (le) and visual (ve) expression tokens, or pixels."""
+    match_size: bool = False
+    """Give a variant below as many more attention layers as bring it to the size of the whole model."""
+    refine: bool = True
+    """Step 2 of the extractor, Eq. 6 (Table 6a). Without step 1: ratio 1."""
+    relate: bool = True
+    """Step 3 of the extractor, Eq. 7 (Table 6a)."""
+    cues: Literal["all", "global", "local"] = "all"
+    """Expression tokens that get a visual expression token (Table 6b)."""
+    mask_softmax: bool = True
+    """The softmax of Eq. 5 sees curated tokens only (Table 8b)."""
+    articles: bool = True
+    """The words a, an and the get a visual expression token too (Table 9)."""
+    article_ids: list[int] = field(default_factory=list)
+    """Ids of those words; training sets them from its tokenizer."""
+    no_target: bool = False
+    """Classify sentences that name nothing in the image, as in gRefCOCO; their mask is predicted empty."""
     ratio: float = 0.3
     """r, share of visual tokens curated per expression token, in (0, 1]; the paper's 30 per cent."""
     dropout: float = 0.0
@@ -49,12 +73,34 @@ class ModelConfig:
     """Where blocks normalise: before attention and MLP, or nowhere (Eq. 6 and 7 to the letter)."""
     aggregation_temperature: float = 1.0
     """Divides the scores in the softmax of Eq. 5, > 0; 1 is the paper's."""
+    learn_aggregation_temperature: bool = False
+    """Train that divisor, from aggregation_temperature on."""
+    straight_through: bool = False
+    """In training, let Eq. 5's gradient reach all visual tokens and not only the curated ones."""
     divide_by_count: bool = True
     """Keep the 1/N_p of Eq. 5."""
-    decoder_dim: int = 768
-    """Channels of the mask decoder; 768 fits the paper's 432 GMACs, which does not print it."""
+    decoder_dim: int | list[int] = 768
+    """Channels of the mask decoder, one number or one a stage, coarse to fine; 768 fits the paper's 432
+    GMACs, which does not print it."""
     backend: Literal["auto", "eager", "sdpa", "xformers", "triton"] = "auto"
     """Kernel of every masked attention."""
+
+
+@dataclass(frozen=True)
+class PushConfig:
+    """Upload a checkpoint to the Hugging Face Hub, with a model card, and print its URL.
+
+    The one command that needs a network, and a token that may write: that of ``hf auth login``.
+    """
+
+    checkpoint: Path
+    """Folder that train wrote."""
+    repo: str
+    """OWNER/NAME on the Hub, made where it is not there; without OWNER the token's own."""
+    private: bool = False
+    """Make it private; refuses a public one that is there."""
+    json: bool = False
+    """Print JSON instead of a line."""
 
 
 @dataclass(frozen=True)

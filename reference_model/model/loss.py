@@ -1,7 +1,8 @@
 """Training loss: binary cross-entropy on the mask and the pixel contrastive term (METRIS 3.2, 3.3)."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -13,28 +14,66 @@ class Losses(NamedTuple):
     """What `MetrisLoss` returns: scalars, no unit."""
 
     total: Tensor
-    """mask + weight · contrastive; what to differentiate."""
+    """mask + weight · contrastive + weight · no-target; what to differentiate."""
     mask: Tensor
     """Binary cross-entropy per pixel."""
     contrastive: Tensor
-    """Eq. 4 per visual token, before its weight."""
+    """Eq. 4 per visual token, before its weight; 0 where nothing is curated."""
+    no_target: Tensor
+    """Binary cross-entropy per sentence of "names nothing", before its weight; 0 without a classifier."""
 
 
 class MetrisLoss(nn.Module):
-    """Sum of the two losses; owns the learnable τ of Eq. 4, so its parameters are trained too.
+    """Sum of the losses; owns the learnable τ of Eq. 4, so its parameters are trained too.
 
     Args:
         contrastive_weight: Weight of Eq. 4, >= 0; the paper does not print it.
         temperature: Where τ starts, > 0; the paper does not print it.
+        contrastive_rows: Scores that Eq. 4 supervises: the global cue's, as the paper, or every real word's.
+        no_target_weight: Weight of the no-target classifier's loss, >= 0; ReLA's is 0.1.
     """
 
-    def __init__(self, *, contrastive_weight: float, temperature: float) -> None:
+    def __init__(
+        self,
+        *,
+        contrastive_weight: float,
+        temperature: float,
+        contrastive_rows: Literal["global", "all"] = "global",
+        no_target_weight: float = 0.1,
+    ) -> None:
         super().__init__()
         self.contrastive_weight = contrastive_weight
+        self.contrastive_rows = contrastive_rows
+        self.no_target_weight = no_target_weight
         self.contrastive = PixelContrastiveLoss(temperature=temperature)
 
-    def forward(self, output: MetrisOutput, target: Tensor) -> Losses:
-        """Output of the model, (b, h, w) target in [0, 1] -> losses."""
+    def forward(
+        self, output: MetrisOutput, target: Tensor, language_mask: Tensor, no_target: Tensor | None = None
+    ) -> Losses:
+        """Compare.
+
+        Args:
+            output: Of the model.
+            target: (b, h, w) in [0, 1].
+            language_mask: (b, l) bool; True = real token.
+            no_target: (b) bool; True = nothing in the image is meant. None: where ``target`` is empty.
+        """
         mask = F.binary_cross_entropy_with_logits(output.logits.float(), target)
-        contrastive = self.contrastive(output.scores[:, 0], target, grid=output.grid)
-        return Losses(mask + self.contrastive_weight * contrastive, mask, contrastive)
+        contrastive, absence = self._contrastive(output, target, language_mask), mask.new_zeros(())
+        if output.no_target is not None:
+            absent = target.flatten(1).amax(dim=1) == 0 if no_target is None else no_target
+            absence = F.binary_cross_entropy_with_logits(output.no_target.float(), absent.float())
+        total = mask + self.contrastive_weight * contrastive + self.no_target_weight * absence
+        return Losses(total, mask, contrastive, absence)
+
+    def _contrastive(self, output: MetrisOutput, target: Tensor, language_mask: Tensor) -> Tensor:
+        if output.scores is None:
+            return target.new_zeros(())
+        if self.contrastive_rows == "global":
+            return self.contrastive(output.scores[:, 0], target, grid=output.grid)
+        l, n = output.scores.shape[1:]
+        scores = rearrange(output.scores, "b l n -> (b l) n")
+        # Averaged over the cells first: l copies of full masks would be large.
+        targets = repeat(F.adaptive_avg_pool2d(target, output.grid), "b h w -> (b l) h w", l=l)
+        real = repeat(language_mask, "b l -> (b l) n", n=n)
+        return self.contrastive(scores, targets, grid=output.grid, visual_mask=real)

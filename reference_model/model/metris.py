@@ -1,18 +1,23 @@
 """METRIS: image + sentence -> mask logits, guided by linguistic and visual expression tokens."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
 
-from metris_blocks import LanguageEnhancer, VisualExpressionExtractor
-from reference_model.files import InputError
 from reference_model.model.config import ModelConfig
+from reference_model.model.guidance import Guidance
 from reference_model.model.image_encoder import ImageEncoder
 from reference_model.model.mask_decoder import MaskDecoder
+from reference_model.model.no_target import NoTargetHead
 from reference_model.model.text_encoder import TextEncoder
+
+Cues = Literal["all", "global", "local"]
 
 
 class ImageFeatures(NamedTuple):
@@ -33,12 +38,17 @@ class MetrisOutput(NamedTuple):
 
     logits: Tensor
     """(b, h, w) mask logits at full resolution; > 0 is inside the mask."""
-    scores: Tensor
-    """(b, l, n) relevance S_c, cosine; row 0 is the global cue's."""
-    dynamic_mask: Tensor
-    """(b, l, n) bool; True = curated."""
+    scores: Tensor | None
+    """(b, l, n) relevance S_c, cosine; row 0 is the global cue's. None in variants without extractor."""
+    dynamic_mask: Tensor | None
+    """(b, l, n) bool; True = curated. None with ``scores``."""
     grid: tuple[int, int]
     """Rows and columns of the n visual tokens."""
+    no_target: Tensor | None
+    """(b) logits of the no-target classifier; > 0 is "nothing in the image". None without one."""
+    maps: list[Tensor] | None
+    """(b, heads, h_i, w_i, g) attention of each decoder stage, coarse to fine, over the guidance tokens: l of
+    the expression, then l of the visual expression. None unless asked for."""
 
 
 class METRIS(nn.Module):
@@ -47,128 +57,147 @@ class METRIS(nn.Module):
     Args:
         image_encoder: Gives four maps, fine to coarse.
         text_encoder: Gives expression tokens, the first one global.
-        enhancer: Lets language look at the image.
-        extractor: Makes the visual expression.
+        guidance: Makes the guidance set of both.
         decoder: Turns maps and guidance set into logits.
+        no_target: Tells sentences that name nothing; None: every sentence has a target.
+        cues: Expression tokens that get a visual one: all, the global or the local ones (Table 6b).
+        silent_ids: Token ids that get none, such as those of articles (Table 9).
     """
 
     def __init__(
         self,
         image_encoder: ImageEncoder,
         text_encoder: TextEncoder,
-        enhancer: LanguageEnhancer,
-        extractor: VisualExpressionExtractor,
+        guidance: Guidance,
         decoder: MaskDecoder,
+        no_target: NoTargetHead | None = None,
+        *,
+        cues: Cues = "all",
+        silent_ids: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.image_encoder = image_encoder
         self.text_encoder = text_encoder
-        self.enhancer = enhancer
-        self.extractor = extractor
+        self.guidance = guidance
         self.decoder = decoder
+        self.no_target = no_target
+        self.cues = cues
+        self.silent_ids = tuple(silent_ids)
+        # What sharing needs: `build_metris` sets the first, whoever has a tokenizer the second, loading all.
+        self.config: ModelConfig | None = None
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+        self.source: Path | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        device: torch.device | str = "cpu",
+        strict: bool = True,
+    ) -> "METRIS":
+        """Load a checkpoint, ready for inference, with its ``config`` and ``tokenizer``.
+
+        Args:
+            source: Folder that train or `save_pretrained` wrote, or OWNER/NAME on the Hugging Face Hub.
+            revision: Branch, tag or commit, on the Hub.
+            token: Of the Hub, for what is not public. None: that of ``hf auth login``, where there is one.
+            cache_dir: Where the Hub's files are kept. None: huggingface_hub's place.
+            local_files_only: Take the Hub's files from that place alone.
+            device: Where the model goes.
+            strict: Refuse a checkpoint that lacks weights or has others; False warns and loads what fits.
+
+        Raises:
+            InputError: The checkpoint cannot be had, is broken, or does not fit its config.
+        """
+        from reference_model.model import checkpoint, sharing
+
+        folder = sharing.fetch(
+            source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        )
+        return checkpoint.load_checkpoint(folder, device=device, strict=strict).model
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a checkpoint with a model card, whole or not at all; as `sharing.save`."""
+        from reference_model.model import sharing
+
+        sharing.save(self, Path(folder))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload METRIS",
+    ) -> str:
+        """Upload a checkpoint with a model card to the Hugging Face Hub; as `sharing.push`."""
+        from reference_model.model import sharing
+
+        return sharing.push(self, repo_id, private=private, token=token, commit_message=commit_message)
 
     def encode_image(self, image: Tensor) -> ImageFeatures:
         """(b, 3, h, w), ImageNet-normalised -> features, once per image."""
         h, w = image.shape[-2:]
         return ImageFeatures(self.image_encoder(image), (h, w))
 
-    def refer(self, features: ImageFeatures, token_ids: Tensor, language_mask: Tensor) -> MetrisOutput:
-        """Features of b images, (b, l) token ids, (b, l) bool -> one mask per image and sentence."""
-        coarsest = features.maps[-1]
-        grid = (coarsest.shape[-2], coarsest.shape[-1])
-        visual = rearrange(coarsest, "b c h w -> b (h w) c")
-        language = self.text_encoder(token_ids, language_mask)
-        language = self.enhancer(language, visual, language_mask=language_mask)
-        expression = self.extractor(visual, language, language_mask=language_mask)
-        guidance = torch.cat([language, expression.tokens], dim=1)
-        guidance_mask = torch.cat([language_mask, language_mask], dim=1)
-        logits = self.decoder(features.maps, guidance, guidance_mask)
-        logits = F.interpolate(logits[:, None], features.size, mode="bilinear", align_corners=False)[:, 0]
-        return MetrisOutput(logits, expression.scores, expression.dynamic_mask, grid)
-
-    def forward(
-        self, image: Tensor, token_ids: Tensor, language_mask: Tensor, image_index: Tensor | None = None
+    def refer(
+        self,
+        features: ImageFeatures,
+        token_ids: Tensor,
+        language_mask: Tensor,
+        image_index: Tensor | None = None,
+        *,
+        return_maps: bool = False,
     ) -> MetrisOutput:
-        """Encode the images and refer to them.
+        """Refer to encoded images.
 
         Args:
-            image: (u, 3, h, w), ImageNet-normalised.
+            features: Of u images.
             token_ids: (b, l) int64.
             language_mask: (b, l) bool; True = real token.
             image_index: (b) int64, the image of each sentence. None: u = b, one sentence an image.
+            return_maps: Compute the decoder's attention too.
         """
-        features = self.encode_image(image)
         if image_index is not None:
             features = features.select(image_index)
-        return self.refer(features, token_ids, language_mask)
+        coarsest = features.maps[-1]
+        grid = (coarsest.shape[-2], coarsest.shape[-1])
+        visual = rearrange(coarsest, "b c h w -> b (h w) c")
+        language = self.text_encoder(token_ids, language_mask).tokens
+        guidance = self.guidance(visual, language, language_mask, self._cue_mask(token_ids, language_mask))
+        maps: list[Tensor] | None = [] if return_maps else None
+        logits = self.decoder(features.maps, guidance.tokens, guidance.mask, maps=maps)
+        logits = F.interpolate(logits[:, None], features.size, mode="bilinear", align_corners=False)[:, 0]
+        no_target = None if self.no_target is None else self.no_target(guidance)
+        return MetrisOutput(logits, guidance.scores, guidance.dynamic_mask, grid, no_target, maps)
 
+    def forward(
+        self,
+        image: Tensor,
+        token_ids: Tensor,
+        language_mask: Tensor,
+        image_index: Tensor | None = None,
+        *,
+        return_maps: bool = False,
+    ) -> MetrisOutput:
+        """Encode (u, 3, h, w) images, ImageNet-normalised, and refer to them; the rest as in `refer`."""
+        features = self.encode_image(image)
+        return self.refer(features, token_ids, language_mask, image_index, return_maps=return_maps)
 
-def build_metris(config: ModelConfig) -> METRIS:
-    """Build the model of a config: the one place where a config becomes keyword arguments.
-
-    Raises:
-        InputError: A value is out of range, or an encoder cannot be had.
-    """
-    for name, least, most in (
-        ("image_size", 32, 4096),
-        ("max_tokens", 3, 512),
-        ("vocab_size", 5, 10**7),
-        ("num_heads", 1, 1024),
-        *((name, 1, 2**16) for name in ("guidance_dim", "joint_dim", "decoder_dim")),
-    ):
-        if not least <= getattr(config, name) <= most:
-            raise InputError(f"model: {name} must be in [{least}, {most}], got {getattr(config, name)}")
-    try:
-        return _built(config)
-    except InputError:
-        raise
-    # What the encoders' own constructors raise on options that they cannot mean.
-    except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
-        raise InputError(f"model: {' '.join(str(error).split()) or type(error).__name__}") from error
-
-
-def _built(config: ModelConfig) -> METRIS:
-    image_encoder = ImageEncoder(
-        config.image_encoder,
-        image_size=config.image_size,
-        coordinates=config.coordinates,
-        pretrained=config.pretrained,
-        weights=config.image_weights,
-        options=config.image_encoder_options,
-    )
-    text_encoder = TextEncoder(
-        config.text_encoder,
-        vocab_size=config.vocab_size,
-        pretrained=config.pretrained,
-        weights=config.text_weights,
-        options=config.text_encoder_options,
-    )
-    visual_dim, language_dim, dim = image_encoder.channels[-1], text_encoder.dim, config.guidance_dim
-    if dim != language_dim:
-        raise InputError(
-            f"model: guidance_dim is {dim}, but the text encoder gives {language_dim} channels, and one "
-            f"guidance set holds the tokens of both; set guidance_dim={language_dim}"
-        )
-    layer = {
-        "num_heads": config.num_heads,
-        "mlp_ratio": config.mlp_ratio,
-        "dropout": config.dropout,
-        "norm": config.norm,
-        "backend": config.backend,
-    }
-    return METRIS(
-        image_encoder,
-        text_encoder,
-        LanguageEnhancer(language_dim, visual_dim, depth=config.enhancer_depth, **layer),
-        VisualExpressionExtractor(
-            visual_dim,
-            language_dim,
-            dim,
-            joint_dim=config.joint_dim,
-            ratio=config.ratio,
-            temperature=config.aggregation_temperature,
-            divide_by_count=config.divide_by_count,
-            **layer,
-        ),
-        MaskDecoder(image_encoder.channels, dim, config.decoder_dim, **layer),
-    )
+    def _cue_mask(self, token_ids: Tensor, language_mask: Tensor) -> Tensor | None:
+        """Mark the expression tokens that get a visual expression token; None: all real ones."""
+        if self.cues == "all" and not self.silent_ids:
+            return None
+        cue_mask = language_mask.clone()
+        if self.cues == "global":
+            cue_mask[:, 1:] = False
+        if self.cues == "local":
+            cue_mask[:, 0] = False
+        for silent in self.silent_ids:
+            cue_mask = cue_mask & (token_ids != silent)
+        return cue_mask

@@ -1,33 +1,66 @@
-"""Text encoder: BERT's last hidden states, and the tokenizer that goes with it."""
+"""Text encoder: last hidden states of BERT, its kin or CLIP's text tower, and the tokenizer beside it."""
 
+import inspect
+import json
+import pickle
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from string import ascii_lowercase, digits, punctuation
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, BertTokenizer
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    BertTokenizer,
+    CLIPTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from reference_model.files import InputError
 
-# What a BertConfig writes of itself besides its architecture.
+# What a config writes of itself besides its architecture.
 _NOT_OPTIONS = {"architectures", "dtype", "model_type", "torch_dtype", "transformers_version", "vocab_size"}
+# Under their causal mask the first token sees nothing but itself: the last real one is the global cue.
+_CAUSAL = {"clip_text_model"}
+
+
+class Expression(NamedTuple):
+    """What `TextEncoder` returns."""
+
+    tokens: Tensor
+    """Q_L, (b, l, d); token 0 is the global cue, the others are the sentence's, where its mask says so."""
+    cue: Tensor
+    """(b, d), the global cue."""
+    mask: Tensor
+    """(b, l) bool; True = real token, as it was given."""
 
 
 class TextEncoder(nn.Module):
-    """Expression tokens Q_L of a sentence; token 0 is [CLS], the global cue (METRIS 3.1).
+    """Expression tokens Q_L of a sentence; token 0 is the global cue (METRIS 3.1).
+
+    For BERT and its kin that is the state of [CLS]. CLIP's text tower is causal, so its first state is the
+    same for every sentence: there the state of the closing token, the first EOS, takes its place.
 
     Args:
-        name: BERT to fetch where ``pretrained``.
+        name: Text encoder to fetch where ``pretrained``.
         vocab_size: Entries of the vocabulary, where built from scratch.
         pretrained: Fetch the weights of ``name`` through transformers.
         weights: Local folder of weights, instead of fetching.
-        options: Keyword arguments for `transformers.BertConfig`, where built from scratch.
+        options: Where built from scratch, ``model_type`` ("bert" if left out, "roberta", "clip_text_model")
+            and keyword arguments for the config that transformers has for it.
 
     Raises:
-        InputError: The weights cannot be had.
+        InputError: The weights cannot be had, or the model or an option is unknown.
     """
 
     def __init__(
@@ -40,54 +73,101 @@ class TextEncoder(nn.Module):
         options: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        # Without the pooler: nothing reads it, and parameters without gradient break distributed training.
+        # Called so whatever it is: the name is in the checkpoints.
         if pretrained or weights is not None:
-            source = name if weights is None else str(weights)
-            if weights is not None and not (weights / "config.json").is_file():
-                raise InputError(f"text_weights {weights}: is no folder with a config.json of transformers")
-            try:
-                self.bert = BertModel.from_pretrained(
-                    source, add_pooling_layer=False, local_files_only=weights is not None
-                )
-            except (OSError, ValueError, SafetensorError) as error:
-                raise InputError(_no_weights("text_encoder", source, error)) from error
+            self.bert = _fetched(name, weights)
         else:
-            known = BertConfig().to_dict()
-            for key in options or {}:
-                if key not in known:
-                    raise InputError(f"text_encoder_options: BertConfig has no {key}; see its documentation")
-            config = BertConfig(vocab_size=vocab_size, **(options or {}))
-            self.bert = BertModel(config, add_pooling_layer=False)
+            self.bert = _from_scratch(vocab_size, options or {})
         self.dim: int = self.bert.config.hidden_size
         self.vocab_size: int = self.bert.config.vocab_size
+        self.causal: bool = self.bert.config.model_type in _CAUSAL
 
     @property
     def options(self) -> dict[str, Any]:
         """What builds this encoder again, wherever its weights came from: ``options`` as given above."""
-        differing = self.bert.config.to_diff_dict()
-        return {key: differing[key] for key in sorted(differing.keys() - _NOT_OPTIONS)}
+        config = self.bert.config
+        kind = {} if config.model_type == "bert" else {"model_type": config.model_type}
+        differing = config.to_diff_dict()
+        return kind | {key: differing[key] for key in sorted(differing.keys() - _NOT_OPTIONS)}
 
-    def forward(self, token_ids: Tensor, language_mask: Tensor) -> Tensor:
-        """(b, l) ids, (b, l) bool True = real token -> Q_L (b, l, d)."""
-        return self.bert(input_ids=token_ids, attention_mask=language_mask.long()).last_hidden_state
+    @property
+    def longest(self) -> int:
+        """The most tokens of a sentence that it has places for."""
+        # RoBERTa and its like count their places from behind that of padding.
+        padding = getattr(getattr(self.bert, "embeddings", None), "position_embeddings", None)
+        padding = getattr(padding, "padding_idx", None)
+        return self.bert.config.max_position_embeddings - (0 if padding is None else padding + 1)
+
+    def forward(self, token_ids: Tensor, language_mask: Tensor) -> Expression:
+        """(b, l) ids, (b, l) bool True = real token -> Q_L (b, l, d) and its global cue.
+
+        Raises:
+            InputError: A sentence has more tokens than the encoder has places for.
+        """
+        length = token_ids.shape[1]
+        if length > self.longest:
+            raise InputError(
+                f"text_encoder: a sentence has {length} tokens, but it has places for {self.longest}; lower "
+                "max_tokens"
+            )
+        states = self.bert(input_ids=token_ids, attention_mask=language_mask.long()).last_hidden_state
+        if self.causal:
+            # The mask says where the sentence closes; ids would not, as CLIP pads with the same EOS.
+            last = (language_mask * torch.arange(length, device=states.device)).amax(dim=1)
+            closing = states.take_along_dim(last[:, None, None], dim=1)
+            states = torch.cat([closing, states[:, 1:]], dim=1)
+        return Expression(states, states[:, 0], language_mask)
 
 
-def load_tokenizer(source: str | Path) -> BertTokenizer:
-    """Load a BERT tokenizer from a folder, or by name through transformers.
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a text encoder from a folder, or by name through transformers.
+
+    A folder that does not say whose it is is CLIP's with vocab.json and merges.txt, else BERT's.
 
     Raises:
-        InputError: There is none.
+        InputError: There is none, or none that fits a text encoder.
     """
     folder = Path(source)
     if isinstance(source, Path) and not folder.is_dir():
         raise InputError(f"tokenizer {source}: no such folder; give the one with vocab.txt or tokenizer.json")
-    # Without a vocabulary transformers gives a tokenizer that knows no word and says nothing.
-    if folder.is_dir() and not any((folder / name).is_file() for name in ("vocab.txt", "tokenizer.json")):
-        raise InputError(f"tokenizer {source}: has neither vocab.txt nor tokenizer.json; copy one there")
+    kind: Any = AutoTokenizer
+    if folder.is_dir():
+        # Without a vocabulary transformers gives a tokenizer that knows no word and says nothing.
+        clip = all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
+        if not clip and not any((folder / name).is_file() for name in ("vocab.txt", "tokenizer.json")):
+            raise InputError(
+                f"tokenizer {source}: has neither vocab.txt nor tokenizer.json, nor vocab.json with "
+                "merges.txt; copy one there"
+            )
+        said = _json(folder / "tokenizer_config.json").get("tokenizer_class")
+        if not (said or _json(folder / "config.json").get("model_type")):
+            kind = CLIPTokenizer if clip else BertTokenizer
     try:
-        return BertTokenizer.from_pretrained(str(source), local_files_only=folder.is_dir())
+        tokenizer = kind.from_pretrained(str(source), local_files_only=folder.is_dir())
     except Exception as error:
         raise InputError(_no_weights("tokenizer", source, error)) from error
+    problem = ""
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        problem = "knows no word"
+    elif tokenizer.num_special_tokens_to_add() < 2:
+        problem = "puts no tokens before and behind a sentence"
+    elif tokenizer.pad_token_id is None:
+        problem = "has no token to pad with"
+    if problem:
+        raise InputError(f"tokenizer {source}: {problem}; give that of a BERT or of CLIP")
+    return tokenizer
+
+
+def article_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Give the ids of the words a, an and the, as far as the vocabulary has them whole."""
+    ids: list[int] = []
+    for word in ("a", "an", "the"):
+        # Byte-level vocabularies such as RoBERTa's have another entry for a word behind a space.
+        for text in (word, f" {word}"):
+            pieces = tokenizer(text, add_special_tokens=False)["input_ids"]
+            if len(pieces) == 1 and pieces[0] not in (tokenizer.unk_token_id, *ids):
+                ids += pieces
+    return ids
 
 
 def build_tokenizer(sentences: Iterable[str], *, max_words: int = 30000) -> BertTokenizer:
@@ -109,6 +189,80 @@ def build_tokenizer(sentences: Iterable[str], *, max_words: int = 30000) -> Bert
 
 def _tokenizer_of(pieces: list[str]) -> BertTokenizer:
     return BertTokenizer(vocab={piece: i for i, piece in enumerate(dict.fromkeys(pieces))})
+
+
+def _fetched(name: str, folder: Path | None) -> PreTrainedModel:
+    source = name if folder is None else str(folder)
+    if folder is not None and not (folder / "config.json").is_file():
+        raise InputError(f"text_weights {folder}: is no folder with a config.json of transformers")
+    local = folder is not None
+    try:
+        # CLIP's own config holds that of its text tower.
+        config = AutoConfig.from_pretrained(source, local_files_only=local).get_text_config()
+        kind, without_pooler = _model_class(config, source)
+        model, report = kind.from_pretrained(
+            source,
+            config=config,
+            dtype=torch.float32,
+            local_files_only=local,
+            output_loading_info=True,
+            **without_pooler,
+        )
+    except InputError:
+        raise
+    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+        raise InputError(_no_weights("text_encoder", source, error)) from error
+    if missing := sorted(report["missing_keys"]):
+        count = f"{len(missing)} weights, first {missing[0]}"
+        raise InputError(f"text_encoder {source}: lacks {count}; give weights of a {config.model_type}")
+    return model
+
+
+def _from_scratch(vocab_size: int, options: dict[str, Any]) -> PreTrainedModel:
+    options = dict(options)
+    model_type = options.pop("model_type", "bert")
+    if model_type not in CONFIG_MAPPING:
+        step = "bert, roberta and clip_text_model are some"
+        raise InputError(f"text_encoder_options: transformers has no model_type {model_type}; {step}")
+    config_class = CONFIG_MAPPING[model_type]
+    known = config_class().to_dict()
+    for key in options:
+        if key not in known:
+            raise InputError(
+                f"text_encoder_options: {config_class.__name__} has no {key}; see its documentation"
+            )
+    # CLIP's own are entries of its own vocabulary. Nothing here reads them.
+    special = ((key, known.get(key)) for key in ("bos_token_id", "eos_token_id"))
+    outside = {key: 0 for key, value in special if isinstance(value, int) and value >= vocab_size}
+    try:
+        config = config_class(vocab_size=vocab_size, **outside | options)
+    except StrictDataclassError as error:
+        raise InputError(f"text_encoder_options: {' '.join(str(error).split())}") from error
+    kind, without_pooler = _model_class(config, model_type)
+    return kind(config, **without_pooler)
+
+
+def _model_class(config: PreTrainedConfig, source: str) -> tuple[type[PreTrainedModel], dict[str, bool]]:
+    """Give the class of a text encoder, and what leaves its pooler out."""
+    cloze = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not config.is_encoder_decoder
+    if not cloze and config.model_type not in _CAUSAL:
+        raise InputError(
+            f"text_encoder {source}: {config.model_type} gives no global cue that is known here; take BERT, "
+            "its kin (trained to fill gaps), or CLIP's text encoder"
+        )
+    kind = MODEL_MAPPING[type(config)]
+    # Nothing reads the pooler, and parameters without gradient break distributed training.
+    has_pooler = "add_pooling_layer" in inspect.signature(kind).parameters
+    return kind, {"add_pooling_layer": False} if has_pooler else {}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; {} where there is none: whoever needs it will say so."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _no_weights(what: str, source: str | Path, error: Exception) -> str:

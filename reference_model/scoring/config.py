@@ -17,6 +17,8 @@ class EvaluateConfig:
     """Splits to score, separated by commas, such as val,testA,testB."""
     threshold: float = 0.5
     """Probability above which a pixel belongs to the mask, in (0, 1)."""
+    no_target_threshold: float = 0.5
+    """Probability of "no target", where a model tells it, above which a mask is empty, in (0, 1)."""
     baselines: bool = False
     """Score two predictions that never read the sentence too: mean training mask, largest object."""
     batch_size: int = 32

@@ -1,4 +1,4 @@
-"""How well predicted masks cover the true ones: oIoU, mIoU and P@X."""
+"""How well predicted masks cover the true ones: oIoU, mIoU, P@X, and gRefCOCO's gIoU, cIoU, N-acc, T-acc."""
 
 import numpy as np
 
@@ -11,14 +11,26 @@ class SegmentationMetrics:
     oIoU = Σ intersection / Σ union; mIoU = mean of the IoU of each expression; P@X = share of expressions
     with IoU >= X (LAVT and ReLA count equality, CGFormer and CRIS do not). A pair that is empty on both
     sides has IoU 0 (LAVT) and adds nothing to oIoU. Sums are integers and float64.
+
+    With ``no_target``, for sets with sentences that refer to nothing, gRefCOCO's too. gIoU = mean IoU where a
+    pair that is empty on both sides counts 1, and cIoU = oIoU, whose union takes in whatever is predicted
+    where nothing is. N-acc = share of the empty truths that are predicted empty, T-acc = share of the others
+    that are not; 0 where there is none to share. Empty means without one pixel, whoever emptied it. ReLA
+    scores at 480 x 480 instead, calls empty what its classifier calls so, and keeps in cIoU's union the mask
+    that this withdrew, so its cIoU is no higher.
+
+    Args:
+        no_target: Compute gIoU, cIoU, N-acc and T-acc.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, no_target: bool = False) -> None:
+        self.no_target = no_target
         self.count = 0
         self.intersection = 0
         self.union = 0
         self.iou_sum = 0.0
         self.hits = dict.fromkeys(THRESHOLDS, 0)
+        self.absent = self.absent_found = self.present_found = 0
 
     def update(self, prediction: np.ndarray, truth: np.ndarray) -> float:
         """Add one expression.
@@ -46,6 +58,10 @@ class SegmentationMetrics:
         intersection = int(np.count_nonzero(prediction & truth))
         union = int(np.count_nonzero(prediction | truth))
         iou = intersection / union if union else 0.0
+        absent, found = not truth.any(), bool(prediction.any())
+        self.absent += absent
+        self.absent_found += absent and not found
+        self.present_found += found and not absent
         self.count += 1
         self.intersection += intersection
         self.union += union
@@ -55,16 +71,23 @@ class SegmentationMetrics:
         return iou
 
     def compute(self) -> dict[str, float]:
-        """Return oIoU, mIoU and P@X as fractions 0 to 1, and ``count``, the number of expressions.
+        """Return the metrics as fractions 0 to 1, and ``count``, the number of expressions.
 
         Raises:
             ValueError: No expression was added.
         """
         if not self.count:
             raise ValueError("SegmentationMetrics: nothing to compute, no expression was added")
-        return {
+        scores = {
             "oIoU": self.intersection / self.union if self.union else 0.0,
             "mIoU": self.iou_sum / self.count,
             **{f"P@{threshold}": hits / self.count for threshold, hits in self.hits.items()},
             "count": self.count,
         }
+        if self.no_target:
+            present = self.count - self.absent
+            scores["gIoU"] = (self.iou_sum + self.absent_found) / self.count
+            scores["cIoU"] = scores["oIoU"]
+            scores["N-acc"] = self.absent_found / self.absent if self.absent else 0.0
+            scores["T-acc"] = self.present_found / present if present else 0.0
+        return scores

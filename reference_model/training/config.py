@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from reference_model.data.config import DataConfig
 from reference_model.model.config import ModelConfig
@@ -37,6 +38,10 @@ class TrainConfig:
     """Weight of Eq. 4; the paper prints none."""
     contrastive_temperature: float = 0.07
     """Where the learnable τ of Eq. 4 starts, > 0; the paper prints none."""
+    contrastive_rows: Literal["global", "all"] = "global"
+    """Scores that Eq. 4 supervises: the global cue's, as the paper, or every real word's."""
+    no_target_weight: float = 0.1
+    """Weight of the no-target classifier's loss, where there is one; ReLA's 0.1, the paper prints none."""
     cache: bool = False
     """Keep resized images and masks in memory, 3 and 1 bytes per pixel of image_size^2."""
     evaluate_every: int = 1
@@ -47,3 +52,24 @@ class TrainConfig:
     """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one."""
     json: bool = False
     """Print the result as JSON."""
+
+
+@dataclass(frozen=True)
+class AblateConfig(TrainConfig):
+    """Train and score every row of one of the paper's ablation tables, over several seeds.
+
+    Finished runs are skipped, so that an interrupted table goes on where it was.
+    """
+
+    out: Path = Path("runs/ablate")
+    """Folder of the tables: one folder a run, and each table as .csv, .md and .png."""
+    table: str = "5"
+    """Table of the paper (5, 6, 8, 9) or figure (fig6), or a study of our own (learning)."""
+    rows: str | None = None
+    """Rows to run, separated by commas. None: all of the table."""
+    seeds: int = 3
+    """Runs of each row, in [1, 100]; their seeds count up from seed."""
+    jobs: int = 1
+    """Runs at a time, in [1, 256]; the processor's cores are shared among them."""
+    splits: str = "val"
+    """Splits to score, separated by commas; the table shows the first."""

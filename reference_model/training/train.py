@@ -16,14 +16,14 @@ from transformers import PreTrainedTokenizerBase
 
 from reference_model.configs import to_yaml
 from reference_model.data.collate import Batch, Collate, ReferringDataset, report_overlong
+from reference_model.data.readers import read
 from reference_model.data.records import Record
-from reference_model.data.refer import Refer
 from reference_model.files import InputError
+from reference_model.model.build import build_metris
 from reference_model.model.checkpoint import WEIGHTS, pick_device, save_weights, start_checkpoint
 from reference_model.model.config import ModelConfig
 from reference_model.model.loss import MetrisLoss
-from reference_model.model.metris import build_metris
-from reference_model.model.text_encoder import build_tokenizer, load_tokenizer
+from reference_model.model.text_encoder import article_ids, build_tokenizer, load_tokenizer
 from reference_model.scoring.evaluate import Evaluator
 from reference_model.training.config import TrainConfig
 from reference_model.training.sampler import ImageGroupedSampler
@@ -45,7 +45,7 @@ def train(config: TrainConfig) -> Path:
     torch.manual_seed(config.seed)
 
     # Data
-    data = Refer(config.data.root, config.data.dataset, config.data.split_by)
+    data = read(config.data)
     records, val = data.records("train"), data.records("val")
     tokenizer, model_config = _tokenizer(config.model, records)
     sampler = ImageGroupedSampler(
@@ -68,17 +68,17 @@ def train(config: TrainConfig) -> Path:
 
     # Model, loss, optimiser
     model = build_metris(model_config).to(device, memory_format=torch.channels_last).train()
+    model.tokenizer = tokenizer
     if len(tokenizer) > model.text_encoder.vocab_size:
         sizes = f"{len(tokenizer)} entries, but the text encoder {model.text_encoder.vocab_size}"
         raise InputError(f"tokenizer: has {sizes}; give the vocabulary that came with its weights")
-    # What the encoder turned out to be, wherever its weights came from: the checkpoint builds it from this.
-    model_config = replace(
-        model_config,
-        vocab_size=model.text_encoder.vocab_size,
-        text_encoder_options=model.text_encoder.options,
-    )
+    # What the encoders turned out to be, wherever their weights came from: checkpoints build them from this.
+    model_config = model.config
     loss = MetrisLoss(
-        contrastive_weight=config.contrastive_weight, temperature=config.contrastive_temperature
+        contrastive_weight=config.contrastive_weight,
+        temperature=config.contrastive_temperature,
+        contrastive_rows=config.contrastive_rows,
+        no_target_weight=config.no_target_weight,
     ).to(device)
     optimiser = adamw([model, loss], learning_rate=config.learning_rate, weight_decay=config.weight_decay)
     schedule = polynomial_decay(
@@ -103,7 +103,9 @@ def train(config: TrainConfig) -> Path:
         for step, epoch_ends, batch in _batches(loader, sampler, steps):
             batch = batch.to(device)
             output = model(batch.images, batch.token_ids, batch.language_mask, batch.image_index)
-            losses = loss(output, batch.masks)
+            # An object may be too small for the resized mask: the records know better.
+            absent = torch.tensor([record.no_target for record in batch.records], device=device)
+            losses = loss(output, batch.masks, batch.language_mask, absent)
             if not torch.isfinite(losses.total):
                 ids = [record.sent_id for record in batch.records]
                 raise InputError(
@@ -127,17 +129,18 @@ def train(config: TrainConfig) -> Path:
             if step == steps or due:
                 scores = evaluator.score(model, val, title="val")
                 log.write(step=step, seconds=time.monotonic() - started, val=scores)
+                best_by = "gIoU" if "gIoU" in scores else "mIoU"  # the former where some have no target
                 tqdm.write(
-                    f"step {step}: val mIoU {scores['mIoU']:.4f}, oIoU {scores['oIoU']:.4f}", sys.stderr
+                    f"step {step}: val {best_by} {scores[best_by]:.4f}, oIoU {scores['oIoU']:.4f}", sys.stderr
                 )
-                if not best_scores or scores["mIoU"] > best_scores["mIoU"]:
+                if not best_scores or scores[best_by] > best_scores[best_by]:
                     best_scores = scores
                     save_weights(config.out, model)
     result = {"checkpoint": str(config.out), "steps": steps, "val": best_scores}
     print(
         json.dumps(result)
         if config.json
-        else f"checkpoint: {config.out} (val mIoU {best_scores['mIoU']:.4f})"
+        else f"checkpoint: {config.out} (val {best_by} {best_scores[best_by]:.4f})"
     )
     return config.out
 
@@ -178,9 +181,11 @@ def _batches(
 def _tokenizer(model: ModelConfig, records: list[Record]) -> tuple[PreTrainedTokenizerBase, ModelConfig]:
     """Take the tokenizer of the pretrained text encoder, or build one from the training sentences."""
     if model.pretrained or model.text_weights is not None:
-        return load_tokenizer(model.text_weights or model.text_encoder), model
-    tokenizer = build_tokenizer(record.expression for record in records)
-    return tokenizer, replace(model, vocab_size=len(tokenizer))
+        tokenizer = load_tokenizer(model.text_weights or model.text_encoder)
+    else:
+        tokenizer = build_tokenizer(record.expression for record in records)
+        model = replace(model, vocab_size=len(tokenizer))
+    return tokenizer, replace(model, article_ids=article_ids(tokenizer))
 
 
 def _check_ranges(config: TrainConfig) -> None:
@@ -189,7 +194,8 @@ def _check_ranges(config: TrainConfig) -> None:
     for name in positive:
         if not 0 < getattr(config, name) < math.inf:
             raise InputError(f"{name}: must be > 0, got {getattr(config, name):g}")
-    for name in ("warmup_steps", "weight_decay", "contrastive_weight", "evaluate_every", "poly_power"):
+    weights = ["weight_decay", "contrastive_weight", "no_target_weight"]
+    for name in (*weights, "warmup_steps", "evaluate_every", "poly_power"):
         if not 0 <= getattr(config, name) < math.inf:
             raise InputError(f"{name}: must be >= 0, got {getattr(config, name):g}")
     for name, value in (("seed", config.seed), ("data.workers", config.data.workers)):

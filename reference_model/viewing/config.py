@@ -27,6 +27,8 @@ class PredictConfig:
     """Number of samples, evenly spaced over the split."""
     threshold: float = 0.5
     """Probability above which a pixel belongs to the mask, in (0, 1)."""
+    no_target_threshold: float = 0.5
+    """Probability of "no target", where a model tells it, above which a mask is empty, in (0, 1)."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one."""
     json: bool = False

@@ -9,11 +9,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from reference_model.data.collate import tokenize
-from reference_model.data.refer import Refer
+from reference_model.data.readers import read
 from reference_model.data.transforms import image_tensor, open_image
 from reference_model.files import InputError, refuse_unwritable, written_whole
 from reference_model.model.checkpoint import Checkpoint, load_checkpoint, pick_device
-from reference_model.scoring.evaluate import mask_at
+from reference_model.scoring.evaluate import Prediction, predictions
 from reference_model.scoring.metrics import SegmentationMetrics
 from reference_model.viewing.config import PredictConfig
 from reference_model.viewing.overlay import TRUTH, captioned, overlay
@@ -22,6 +22,18 @@ from reference_model.viewing.overlay import TRUTH, captioned, overlay
 def predict_masks(
     checkpoint: Checkpoint, image: Image.Image, expressions: list[str], *, threshold: float = 0.5
 ) -> list[np.ndarray]:
+    """Predict k bool masks (height, width), one per sentence; all as in `answers`."""
+    return [found.mask for found in answers(checkpoint, image, expressions, threshold=threshold)]
+
+
+def answers(
+    checkpoint: Checkpoint,
+    image: Image.Image,
+    expressions: list[str],
+    *,
+    threshold: float = 0.5,
+    no_target_threshold: float = 0.5,
+) -> list[Prediction]:
     """Predict one mask per sentence; the image is encoded once.
 
     Args:
@@ -29,9 +41,10 @@ def predict_masks(
         image: RGB image of any size.
         expressions: k sentences.
         threshold: Probability above which a pixel belongs to the mask, in (0, 1).
+        no_target_threshold: Probability of "no target" above which the mask is empty, in (0, 1).
 
     Returns:
-        k bool masks (height, width), the image's own size.
+        k masks of the image's own size, and the probabilities that nothing is meant.
 
     Raises:
         InputError: A sentence has no word.
@@ -42,7 +55,8 @@ def predict_masks(
     index = torch.zeros(len(expressions), dtype=torch.long, device=device)
     with torch.inference_mode():
         output = model(pixels, tokens.token_ids.to(device), tokens.language_mask.to(device), index)
-    return [mask_at(logits, image.height, image.width, threshold=threshold) for logits in output.logits]
+    sizes = [(image.height, image.width)] * len(expressions)
+    return predictions(output, sizes, threshold=threshold, no_target_threshold=no_target_threshold)
 
 
 def predict(config: PredictConfig) -> list[Path]:
@@ -51,8 +65,9 @@ def predict(config: PredictConfig) -> list[Path]:
     Raises:
         InputError: The checkpoint, image, sentence, data or place to write cannot be used.
     """
-    if not 0 < config.threshold < 1:
-        raise InputError(f"threshold: must be in (0, 1), got {config.threshold:g}; 0.5 is usual")
+    for name in ("threshold", "no_target_threshold"):
+        if not 0 < getattr(config, name) < 1:
+            raise InputError(f"{name}: must be in (0, 1), got {getattr(config, name):g}; 0.5 is usual")
     if config.data is None and (config.image is None or not config.expression):
         raise InputError('predict: give --image and --expression "the red boat", or --data.root and --split')
     if config.data is not None and config.image is not None:
@@ -74,25 +89,24 @@ def predict(config: PredictConfig) -> list[Path]:
 
 def _of_image(config: PredictConfig, checkpoint: Checkpoint) -> list[dict]:
     image, expressions = open_image(config.image), config.expression
-    masks = predict_masks(checkpoint, image, expressions, threshold=config.threshold)
+    found = _answers(config, checkpoint, image, expressions)
     entries = []
-    for number, (expression, mask) in enumerate(zip(expressions, masks, strict=True), start=1):
-        stem = config.out.stem if len(masks) == 1 else f"{config.out.stem}_{number}"
+    for number, (expression, (mask, absent)) in enumerate(zip(expressions, found, strict=True), start=1):
+        stem = config.out.stem if len(found) == 1 else f"{config.out.stem}_{number}"
         mask_file = config.out.with_name(f"{stem}.png")
         overlay_file = config.out.with_name(f"{stem}_overlay.png")
         _save(Image.fromarray(mask.astype(np.uint8) * 255), mask_file)
-        _save(captioned([(image, "image"), (overlay(image, mask), "prediction")], expression), overlay_file)
-        share = round(float(mask.mean()), 4)
-        entries.append(
-            {"expression": expression, "mask": str(mask_file), "overlay": str(overlay_file), "area": share}
-        )
+        panels = [(image, "image"), (overlay(image, mask), _title(config, absent, "prediction"))]
+        _save(captioned(panels, expression), overlay_file)
+        entry = {"expression": expression, "mask": str(mask_file), "overlay": str(overlay_file)}
+        entries.append(entry | {"area": round(float(mask.mean()), 4)} | _probability(absent))
     return entries
 
 
 def _of_samples(config: PredictConfig, checkpoint: Checkpoint) -> list[dict]:
     if config.count < 1:
         raise InputError(f"count: must be >= 1, got {config.count}")
-    records = Refer(config.data.root, config.data.dataset, config.data.split_by).records(config.split)
+    records = read(config.data).records(config.split)
     picked = np.linspace(0, len(records) - 1, min(config.count, len(records))).round().astype(int)
     entries = []
     for number, i in enumerate(
@@ -100,17 +114,36 @@ def _of_samples(config: PredictConfig, checkpoint: Checkpoint) -> list[dict]:
     ):
         record = records[i]
         image, truth = open_image(record.image, height_width=(record.height, record.width)), record.mask()
-        (mask,) = predict_masks(checkpoint, image, [record.expression], threshold=config.threshold)
-        iou = SegmentationMetrics().update(mask, truth)
+        ((mask, absent),) = _answers(config, checkpoint, image, [record.expression])
+        # As gIoU has it: an empty mask is all right where there is no target.
+        iou = float(not mask.any()) if record.no_target else SegmentationMetrics().update(mask, truth)
         panels = [
             (image, "image"),
-            (overlay(image, truth, colour=TRUTH), "truth"),
-            (overlay(image, mask), f"prediction, IoU {iou:.2f}"),
+            (overlay(image, truth, colour=TRUTH), "truth: no target" if record.no_target else "truth"),
+            (overlay(image, mask), _title(config, absent, f"prediction, IoU {iou:.2f}")),
         ]
         path = config.out / f"{config.split}_{number:02d}.png"
         _save(captioned(panels, record.expression), path)
-        entries.append({"expression": record.expression, "overlay": str(path), "iou": round(iou, 4)})
+        entry = {"expression": record.expression, "overlay": str(path), "iou": round(iou, 4)}
+        entries.append(entry | _probability(absent))
     return entries
+
+
+def _answers(
+    config: PredictConfig, checkpoint: Checkpoint, image: Image.Image, expressions: list[str]
+) -> list[Prediction]:
+    thresholds = {"threshold": config.threshold, "no_target_threshold": config.no_target_threshold}
+    return answers(checkpoint, image, expressions, **thresholds)
+
+
+def _title(config: PredictConfig, absent: float | None, usual: str) -> str:
+    if absent is None or absent <= config.no_target_threshold:
+        return usual
+    return f"prediction: no target ({absent:.2f})"
+
+
+def _probability(absent: float | None) -> dict[str, float]:
+    return {} if absent is None else {"no_target": round(absent, 4)}
 
 
 def _save(image: Image.Image, path: Path) -> None:

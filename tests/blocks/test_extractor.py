@@ -70,6 +70,77 @@ def test_equals_paper_equations(backend, data, size, seed, norm, ratio, temperat
     assert out.dynamic_mask.equal(mask)
 
 
+@given(
+    data=st.data(),
+    size=sizes("b l n", largest=4),
+    seed=seeds,
+    mask_softmax=st.booleans(),
+    refine=st.booleans(),
+    relate=st.booleans(),
+)
+def test_variants_of_the_ablations_equal_theirs(data, size, seed, mask_softmax, refine, relate):
+    b, l, n = size
+    masks = {
+        "visual_mask": data.draw(st.none() | paddings(b, n)),
+        "language_mask": data.draw(st.none() | paddings(b, l)),
+        "cue_mask": data.draw(st.none() | paddings(b, l)),
+    }
+    options = {"mask_softmax": mask_softmax, "refine": refine, "relate": relate}
+    extractor = block(**options)
+    out = extractor(*inputs(seed, *size), **masks)
+    tokens, scores, mask = paper.extract(
+        *inputs(seed, *size), extractor.state_dict(), num_heads=HEADS, ratio=0.4, **options, **masks
+    )
+    assert_equal(out.tokens, tokens)
+    assert_equal(out.scores, scores)
+    assert out.dynamic_mask.equal(mask)
+
+
+def test_cues_alone_get_tokens_and_all_words_get_scores():
+    extractor, size = block(), (2, 4, 9)
+    cues = torch.tensor([[True, False, True, False], [False, False, True, True]])
+    out, plain = extractor(*inputs(0, *size), cue_mask=cues), extractor(*inputs(0, *size))
+    assert_equal(out.scores, plain.scores)
+    assert out.tokens[~cues].eq(0).all() and not out.dynamic_mask[~cues].any()
+    assert out.tokens[cues].abs().amax(dim=-1).gt(0).all()
+
+
+def test_straight_through_changes_no_value_and_reaches_every_visual_token():
+    (visual, language), results = inputs(0, 2, 3, 20), {}
+    for straight in (False, True):
+        extractor = block(straight_through=straight, refine=False, relate=False).train()
+        leaf = visual.clone().requires_grad_()
+        out = extractor(leaf, language)
+        # What moves the scores alone: the gradient of the aggregate by a visual token's relevance.
+        (gradient,) = torch.autograd.grad(out.tokens.square().sum(), leaf)
+        results[straight] = out, gradient.abs().sum(dim=-1)
+    (plain, plain_grad), (soft, soft_grad) = results[False], results[True]
+    assert_equal(soft.tokens, plain.tokens)
+    assert soft.dynamic_mask.equal(plain.dynamic_mask)
+    assert plain_grad[~plain.dynamic_mask.any(dim=1)].eq(0).all()
+    assert soft_grad.gt(0).all()
+    assert_equal(
+        block(straight_through=True).eval()(visual, language).tokens, block()(visual, language).tokens
+    )
+
+
+def test_learned_temperature_starts_where_it_is_told_and_moves():
+    visual, language = inputs(0, 2, 3, 9)
+    learned = block(temperature=0.2, learn_temperature=True)
+    start = float(learned.aggregation.log_temperature.exp())
+    assert abs(start - 0.2) < 1e-7, "stored in float32"
+    assert_equal(learned(visual, language).tokens, block(temperature=start)(visual, language).tokens)
+    learned(visual, language).tokens.square().sum().backward()
+    assert learned.aggregation.log_temperature.grad.abs() > 0
+
+
+def test_refuses_a_cue_mask_of_other_words():
+    with pytest.raises(ValueError, match="cue_mask 'b l' has l=4, but language has l=3"):
+        block()(*inputs(0, 2, 3, 9), cue_mask=torch.ones(2, 4).bool())
+    with pytest.raises(TypeError, match="cue_mask must be bool"):
+        block()(*inputs(0, 2, 3, 9), cue_mask=torch.ones(2, 3))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("norm", ["pre", "none"])
 def test_gradients_equal_those_of_the_paper_equations(backend, norm):

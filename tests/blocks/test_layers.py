@@ -31,6 +31,26 @@ def test_both_paths_equal_the_paper(path, data, size, seed):
     assert_equal(mha.out_proj(getattr(mha, path)(x, context, mask)), expected)
 
 
+@given(data=st.data(), size=sizes("b l n", largest=4), seed=seeds)
+def test_attention_map_times_values_is_what_attention_gives(data, size, seed):
+    b, l, n = size
+    mha = attention()
+    mask = data.draw(st.one_of(st.none(), masks(b, l, n), paddings(b, n)))
+    x, context = normal(seed, b, l, 4), normal(seed + 1, b, n, 6)
+    weights = mha.attention_map(x, context, mask)
+    value = mha.v_proj(context).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+    assert_equal(mha.out_proj((weights @ value).transpose(1, 2).flatten(2)), mha(x, context, mask))
+    rows = (
+        torch.ones(b, l, n).bool()
+        if mask is None
+        else mask[:, None].expand(b, l, n)
+        if mask.ndim == 2
+        else mask
+    )
+    assert_equal(weights.sum(dim=-1), rows.any(dim=-1)[:, None].double().expand(b, HEADS, l))
+    assert weights.masked_select(~rows[:, None]).eq(0).all()
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_row_that_attends_to_nothing_is_the_output_bias_alone(path):
     mha = attention()

@@ -35,7 +35,7 @@ def test_every_preset_fills_a_training_config(name):
 
 
 def test_tiny_preset_curates_from_at_least_six_by_six_tokens():
-    from reference_model.model.metris import build_metris
+    from reference_model.model.build import build_metris
 
     config = parse("train", ["--preset", "metris_tiny", "--data.root", "x"]).model
     stride = build_metris(config).image_encoder.strides[-1]
@@ -77,12 +77,16 @@ def test_help_explains_every_option(name, capsys):
         parse(name, ["--help"])
     assert caught.value.code == 0
     shown = "".join(capsys.readouterr().out.split())
-    module = importlib.import_module("reference_model." + COMMANDS[name][0].split(":")[0])
-    (config,) = (n for n in ast.parse(inspect.getsource(module)).body if isinstance(n, ast.ClassDef))
-    for field, follows in pairwise([*config.body, None]):
+    place, wanted = COMMANDS[name][0].split(":")
+    module = importlib.import_module("reference_model." + place)
+    names = {one.__name__ for one in getattr(module, wanted).__mro__}  # fields may be inherited
+    classes = [n for n in ast.parse(inspect.getsource(module)).body if isinstance(n, ast.ClassDef)]
+    statements, said = [n for c in classes if c.name in names for n in [*c.body, None]], {}
+    for field, follows in pairwise(statements):
         if isinstance(field, ast.AnnAssign) and "Config" not in ast.unparse(field.annotation):
             assert isinstance(follows, ast.Expr), f"{field.target.id} has no docstring"
-            assert "".join(follows.value.value.split()) in shown
+            said[field.target.id] = "".join(follows.value.value.split())
+    assert all(docstring in shown for docstring in said.values())
 
 
 def test_help_needs_no_torch():

@@ -1,5 +1,6 @@
 """METRIS end to end: what a batch, its padding and its other images may not change."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -9,11 +10,15 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from reference_model.configs import build, preset_file, read_yaml
 from reference_model.files import InputError
+from reference_model.model.build import build_metris
+from reference_model.model.config import ModelConfig
 from reference_model.model.image_encoder import ImageEncoder
 from reference_model.model.loss import MetrisLoss
-from reference_model.model.metris import METRIS, build_metris
+from reference_model.model.metris import METRIS
 from reference_model.model.text_encoder import build_tokenizer, load_tokenizer
+from tests.reference_model.conftest import SMALL
 
 
 def inputs(b=3, l=7, size=64, vocab=120):
@@ -28,41 +33,136 @@ def model(small) -> METRIS:
     return build_metris(small).eval()
 
 
-def test_padding_a_sentence_further_changes_no_logit(model):
+@pytest.fixture(
+    scope="module", params=["small", "metris_tiny", pytest.param("metris_swin_b", marks=pytest.mark.slow)]
+)
+def any_model(request) -> METRIS:
+    """The test's own network and the presets, for images of 64 px: what must hold is the same at 480."""
+    config = SMALL
+    if request.param != "small":
+        values = read_yaml(preset_file(request.param), ModelConfig, section="model")
+        config = build(ModelConfig, values, source=request.param)
+    torch.manual_seed(0)
+    return build_metris(replace(config, pretrained=False, image_size=64)).eval()
+
+
+def test_padding_a_sentence_further_changes_no_logit(any_model):
     images, ids, mask = inputs()
     longer_ids, longer_mask = F.pad(ids, (0, 6), value=99), F.pad(mask, (0, 6))
-    short, long = model(images, ids, mask), model(images, longer_ids, longer_mask)
+    short, long = any_model(images, ids, mask), any_model(images, longer_ids, longer_mask)
     torch.testing.assert_close(short.logits, long.logits, rtol=0, atol=1e-5)
     assert short.dynamic_mask.equal(long.dynamic_mask[:, : ids.shape[1]])
 
 
-def test_words_behind_the_mask_have_no_influence(model):
+def test_words_behind_the_mask_have_no_influence(any_model):
     images, ids, mask = inputs()
     other = torch.where(mask, ids, torch.randint(5, 120, ids.shape))
-    torch.testing.assert_close(model(images, ids, mask).logits, model(images, other, mask).logits)
+    torch.testing.assert_close(any_model(images, ids, mask).logits, any_model(images, other, mask).logits)
 
 
-def test_words_before_the_mask_have_influence(model):
+def test_words_before_the_mask_have_influence(any_model):
     images, ids, mask = inputs()
     other = torch.where(mask, (ids + 1) % 120, ids)
-    difference = (model(images, ids, mask).logits - model(images, other, mask).logits).abs().amax(dim=(1, 2))
+    difference = (
+        (any_model(images, ids, mask).logits - any_model(images, other, mask).logits).abs().amax(dim=(1, 2))
+    )
     assert (difference > 1e-3).all()
 
 
-def test_batch_of_k_equals_k_batches_of_one(model):
+def test_batch_of_k_equals_k_batches_of_one(any_model):
     images, ids, mask = inputs()
-    together = model(images, ids, mask).logits
-    alone = [model(images[i : i + 1], ids[i : i + 1], mask[i : i + 1]).logits for i in range(len(images))]
+    together = any_model(images, ids, mask).logits
+    alone = [any_model(images[i : i + 1], ids[i : i + 1], mask[i : i + 1]).logits for i in range(len(images))]
     torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-5)
 
 
-def test_image_encoded_once_serves_many_sentences(model):
+def test_image_encoded_once_serves_many_sentences(any_model):
     images, ids, mask = inputs(b=5)
     index = torch.tensor([1, 0, 1, 1, 0])
-    shared = model(images[:2], ids, mask, index).logits
-    features = model.encode_image(images[:2])
-    torch.testing.assert_close(shared, model.refer(features.select(index), ids, mask).logits)
-    torch.testing.assert_close(shared, model(images[index], ids, mask).logits, rtol=0, atol=1e-5)
+    shared = any_model(images[:2], ids, mask, index).logits
+    features = any_model.encode_image(images[:2])
+    torch.testing.assert_close(shared, any_model.refer(features.select(index), ids, mask).logits)
+    torch.testing.assert_close(shared, any_model(images[index], ids, mask).logits, rtol=0, atol=1e-5)
+
+
+def test_ragged_numbers_of_sentences_equal_separate_forwards(any_model):
+    images, ids, mask = inputs(b=6)
+    images, counts = images[:3], [1, 3, 2]
+    index = torch.repeat_interleave(torch.arange(3), torch.tensor(counts))
+    together = any_model.refer(any_model.encode_image(images), ids, mask, index).logits
+    for i, sentence in enumerate(index):
+        alone = any_model(images[sentence : sentence + 1], ids[i : i + 1], mask[i : i + 1]).logits
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=0, atol=1e-5)
+
+
+def test_many_sentences_cost_one_encoding(model):
+    images, ids, mask = inputs(b=4)
+    runs = []
+    model.image_encoder.register_forward_hook(lambda *_: runs.append(len(_[1][0])))
+    model(images[:1], ids, mask, torch.zeros(4, dtype=torch.long))
+    assert runs == [1]
+
+
+def test_padded_images_in_the_batch_change_no_logit(any_model):
+    images, ids, mask = inputs()
+    more = any_model(
+        F.pad(images, (0, 0, 0, 0, 0, 0, 0, 2)), F.pad(ids, (0, 0, 0, 2)), F.pad(mask, (0, 0, 0, 2))
+    )
+    torch.testing.assert_close(more.logits[:3], any_model(images, ids, mask).logits, rtol=0, atol=1e-5)
+    assert more.logits.isfinite().all()
+
+
+def test_evaluation_is_deterministic(any_model):
+    batch = inputs()
+    first, second = any_model(*batch), any_model(*batch)
+    assert first.logits.equal(second.logits) and first.dynamic_mask.equal(second.dynamic_mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_stays_finite_forward_and_backward(any_model, dtype):
+    images, ids, mask = inputs()
+    model = copy.deepcopy(any_model).train()
+    with torch.autocast("cpu", dtype=dtype):
+        output = model(images, ids, mask)
+        losses = MetrisLoss(contrastive_weight=0.1, temperature=0.07)(
+            output, (torch.rand(3, 64, 64) < 0.3).float(), mask
+        )
+    losses.total.backward()
+    assert output.logits.isfinite().all() and losses.total.isfinite()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_maps_are_those_of_the_decoder_and_cost_nothing_when_off(model):
+    images, ids, mask = inputs()
+    off, on = model(images, ids, mask), model(images, ids, mask, return_maps=True)
+    assert off.maps is None and on.logits.equal(off.logits)
+    guided, l = torch.cat([mask, mask], dim=1), ids.shape[1]
+    assert len(on.maps) == len(model.decoder.stages)
+    for attention in on.maps:
+        assert attention.shape[-1] == 2 * l
+        torch.testing.assert_close(attention.sum(dim=-1), torch.ones(attention.shape[:-1]))
+        assert attention.movedim(-1, 1)[~guided].eq(0).all()
+
+
+def test_maps_are_the_weights_inside_the_fused_path(model):
+    batch, seen = inputs(), []
+    for stage in model.decoder.stages:
+        stage.attention.register_forward_hook(lambda module, given, out: seen.append((module, *given, out)))
+    maps = model(*batch, return_maps=True).maps
+    for weights, (module, _, context, _, out) in zip(maps, seen, strict=True):
+        value = module.v_proj(context).unflatten(-1, (module.num_heads, -1)).transpose(1, 2)
+        attended = (weights.flatten(2, 3) @ value).transpose(1, 2).flatten(2)
+        torch.testing.assert_close(module.out_proj(attended), out, rtol=0, atol=1e-5)
+
+
+def test_decoder_may_narrow_stage_by_stage(small):
+    model = build_metris(replace(small, decoder_dim=[16, 12, 8, 4])).eval()
+    batch = inputs()
+    logits = model(*batch).logits
+    assert logits.shape == batch[0].shape[:1] + batch[0].shape[2:]
+    assert [stage.attention.out_proj.out_features for stage in model.decoder.stages] == [16, 12, 8, 4]
+    with pytest.raises(InputError, match="dim has 3 widths, but there are 4 stages"):
+        build_metris(replace(small, decoder_dim=[16, 12, 8]))
 
 
 def test_logits_have_the_resolution_of_the_image(model, small):
@@ -77,7 +177,7 @@ def test_gradient_reaches_every_parameter_of_model_and_loss(model):
     images, ids, mask = inputs()
     model.train()
     loss = MetrisLoss(contrastive_weight=0.1, temperature=0.07)
-    loss(model(images, ids, mask), (torch.rand(3, 64, 64) < 0.3).float()).total.backward()
+    loss(model(images, ids, mask), (torch.rand(3, 64, 64) < 0.3).float(), mask).total.backward()
     named = [*model.named_parameters(), *loss.named_parameters()]
     # Word vectors of ids that do not occur, and BERT's second segment, have nothing to learn here.
     silent = [name for name, p in named if p.grad is None or not p.grad.abs().sum() > 0]
@@ -88,7 +188,7 @@ def test_loss_is_cross_entropy_plus_weighted_eq4(model):
     images, ids, mask = inputs()
     output = model(images, ids, mask)
     target = (torch.rand(3, 64, 64) < 0.3).float()
-    losses = MetrisLoss(contrastive_weight=0.25, temperature=0.5)(output, target)
+    losses = MetrisLoss(contrastive_weight=0.25, temperature=0.5)(output, target, mask)
     p = output.logits.double().sigmoid()
     expected = -(target * p.log() + (1 - target) * (1 - p).log()).mean()
     torch.testing.assert_close(losses.mask.double(), expected)
@@ -109,7 +209,7 @@ def test_model_memorises_four_pairs(small):
     optimiser = torch.optim.AdamW([*model.parameters(), *loss.parameters()], lr=3e-3)
     for _ in range(120):
         optimiser.zero_grad()
-        loss(model(images, ids, mask), target).total.backward()
+        loss(model(images, ids, mask), target, mask).total.backward()
         optimiser.step()
     predicted = model.eval()(images, ids, mask).logits > 0
     union = (predicted | target.bool()).sum(dim=(1, 2))

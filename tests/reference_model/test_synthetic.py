@@ -21,9 +21,11 @@ from pycocotools import mask as coco_mask
 from reference_model.data.synthetic import export
 from reference_model.data.synthetic.config import GenerateConfig
 from reference_model.data.synthetic.export import generate
+from reference_model.data.synthetic.program import execute
 from reference_model.data.synthetic.render import painted_ids, polygons, visible_ids
 from reference_model.data.synthetic.scene import OUTLINES, PRESETS, SceneObject, outline_area
-from reference_model.data.synthetic.words import VOCABULARY
+from reference_model.data.synthetic.targets import KINDS
+from reference_model.data.synthetic.words import NUMBERS, PLURAL_VOCABULARY, VOCABULARY
 from reference_model.files import InputError
 
 SIDES = {"left": ("x", -1), "right": ("x", 1), "top": ("y", -1), "bottom": ("y", 1)}
@@ -86,6 +88,13 @@ def picks(program, objects, margins):
     inner = picks(program[-1], objects, margins)
     if inner is None:
         return None
+    if program[0] == "every":
+        return None if len(inner) == 1 else inner
+    if program[0] == "count":
+        return inner if len(inner) in (0, program[1]) else None
+    if program[0] == "and":
+        one = picks(program[1], objects, margins)
+        return sorted(one + inner) if one and len(one) == len(inner) == 1 and one != inner else None
     pool = [o for o in objects if o["ann_id"] in inner]
     operation, first = program[0], program[1]
     if operation == "filter":
@@ -456,6 +465,7 @@ def test_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
         ({"seed": -1}, r"seed must be .* got -1"),
         ({"workers": 0}, r"workers must be a whole number in \[1, \d+\], got 0"),
         ({"scenes": "hard"}, r"scenes must be one of \['easy', 'standard'\], got 'hard'"),
+        ({"targets": "two"}, "targets must be one or any, got 'two'"),
         ({"train": 0, "val": 0, "test": 0}, "train, val and test are all 0"),
     ],
 )
@@ -472,3 +482,193 @@ def test_config_needs_no_torch_and_no_numpy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+# ---- any number of targets: gRefCOCO's layout ---------------------------------------------------
+
+
+class MadeAny:
+    """A set of any targets, read back with nothing of the package."""
+
+    def __init__(self, config):
+        self.config, self.root = config, config.root
+        self.refs = json.loads((self.root / "grefcoco" / "grefs(unc).json").read_text())
+        self.instances = json.loads((self.root / "grefcoco" / "instances.json").read_text())
+        self.annotations = {a["id"]: a for a in self.instances["annotations"]}
+        self.scenes = {s["image_id"]: s for s in json.loads((self.root / "scenes.json").read_text())}
+
+    def sentences(self, kind=None):
+        for ref in self.refs:
+            targets = [] if ref["ann_id"] == [-1] else ref["ann_id"]
+            if kind in (None, "none" if not targets else "one" if len(targets) == 1 else "several"):
+                for sentence in ref["sentences"]:
+                    yield targets, self.scenes[ref["image_id"]]["objects"], sentence
+
+
+@pytest.fixture(scope="module", params=["easy", "standard"])
+def made_any(request, tmp_path_factory):
+    root = tmp_path_factory.mktemp("any") / request.param
+    config = GenerateConfig(
+        root=root, scenes=request.param, size=32, train=160, val=10, test=25, targets="any"
+    )
+    generate(config)
+    return MadeAny(config)
+
+
+def test_every_sentence_picks_exactly_its_targets(made_any):
+    for targets, objects, sentence in made_any.sentences():
+        assert picks(sentence["program"], objects, margins=True) == targets, sentence
+
+
+def test_shares_of_the_kinds_are_those_of_grefcoco(made_any):
+    found = {kind: len(list(made_any.sentences(kind))) for kind in KINDS}
+    for kind, share in {"one": 0.597, "several": 0.288, "none": 0.116}.items():
+        assert abs(found[kind] / sum(found.values()) - share) < 0.06, found
+    several = Counter(s["program"][0] for _, _, s in made_any.sentences("several"))
+    assert set(several) == {"every", "count", "and"} and min(several.values()) > 0.1 * several.total()
+
+
+def with_one_value_changed(program, preset):
+    """All programs with one filter's value or one side turned round; those of an anchor excepted."""
+    if program != ["all"]:
+        if program[0] == "filter":
+            values = {"shape": preset.shapes, "colour": preset.colours, "size": ["small", "large"]}[
+                program[1]
+            ]
+            yield from ([*program[:2], value, program[3]] for value in values if value != program[2])
+        if program[0] in ("location", "relation"):
+            opposite = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}[program[1]]
+            yield [program[0], opposite, *program[2:]]
+        for changed in with_one_value_changed(program[-1], preset):
+            yield [*program[:-1], changed]
+
+
+def test_sentence_without_target_is_one_word_from_a_true_one(made_any):
+    preset, familiar = PRESETS[made_any.config.scenes], []
+    for _, objects, sentence in made_any.sentences("none"):
+        program = sentence["program"]
+        assert any(picks(c, objects, margins=True) for c in with_one_value_changed(program, preset)), sentence
+        filters = [op for op in operations(program) if op[0] == "filter"]
+        familiar.append(all(any(o[name] == value for o in objects) for _, name, value, _ in filters))
+    assert 0.3 < np.mean(familiar) < 0.9  # each word fits some object of the picture, and yet none fits all
+
+
+def test_sentence_about_several_survives_moving_and_resizing_within_the_margins(made_any):
+    rng = random.Random(0)
+    for targets, objects, sentence in [*made_any.sentences("several"), *made_any.sentences("none")]:
+        for _ in range(3):
+            moved = [
+                o
+                | {axis: o[axis] + rng.choice((-0.029, 0.029)) for axis in "xy"}
+                | {"scale": o["scale"] * rng.choice((1 / 1.1, 1.1))}
+                for o in objects
+            ]
+            assert picks(sentence["program"], moved, margins=False) == targets, sentence
+
+
+def test_plural_needs_each_of_its_parts(made_any):
+    for targets, objects, sentence in made_any.sentences("several"):
+        operation, *_, pool = sentence["program"]
+        if operation != "and":
+            assert all(
+                picks(less, objects, margins=True) not in (targets, None) for less in without_one_part(pool)
+            )
+
+
+def test_plural_and_number_are_in_the_words(made_any):
+    for targets, _, sentence in made_any.sentences("several"):
+        words, operation = sentence["tokens"], sentence["program"][0]
+        numbers = [2 + NUMBERS.index(word) for word in words if word in NUMBERS] + [2] * words.count("both")
+        plural = sum(word in PLURAL_VOCABULARY and word.endswith("s") for word in words)
+        if operation == "count":
+            assert numbers == [sentence["program"][1]] == [len(targets)] and plural == 1, sentence
+        elif operation == "every":
+            assert numbers == [] and plural == (words[0] != "every") and words[0] in ("all", "the", "every")
+        else:
+            assert numbers == [] and plural == 0 and "and the" in sentence["sent"] and len(targets) == 2
+    for _, _, sentence in made_any.sentences("one"):
+        assert not set(sentence["tokens"]) & PLURAL_VOCABULARY
+
+
+def test_words_of_all_sentences_are_a_closed_small_set(made_any):
+    words = {word for _, _, sentence in made_any.sentences() for word in sentence["tokens"]}
+    assert words <= VOCABULARY | PLURAL_VOCABULARY and not VOCABULARY & PLURAL_VOCABULARY
+    assert all(word.isascii() and word.isalpha() and word.islower() for word in PLURAL_VOCABULARY)
+    assert max(len(sentence["tokens"]) for _, _, sentence in made_any.sentences()) <= 18
+
+
+def test_refs_have_the_fields_of_grefcoco(made_any):
+    ids = [s["sent_id"] for ref in made_any.refs for s in ref["sentences"]]
+    assert ids == list(range(1, len(ids) + 1)) == [i for ref in made_any.refs for i in ref["sent_ids"]]
+    said, targets_of = defaultdict(list), defaultdict(list)
+    names = {i["id"]: i["file_name"] for i in made_any.instances["images"]}
+    for ref in made_any.refs:
+        assert ref["no_target"] is (ref["ann_id"] == [-1]) and ref["file_name"] == names[ref["image_id"]]
+        found = [made_any.annotations[i] for i in ref["ann_id"] if not ref["no_target"]]
+        assert ref["category_id"] == ([a["category_id"] for a in found] or [-1])
+        assert all(a["image_id"] == ref["image_id"] for a in found)
+        said[ref["image_id"]] += [s["sent"] for s in ref["sentences"]]
+        targets_of[ref["image_id"]].append(tuple(ref["ann_id"]))
+    for each in (*said.values(), *targets_of.values()):
+        assert len(set(each)) == len(each)  # no sentence and no choice of targets twice in a picture
+
+
+def test_targets_of_test_splits_are_of_their_shapes(made_any):
+    names = {c["id"]: c["name"] for c in made_any.instances["categories"]}
+    preset = PRESETS[made_any.config.scenes]
+    for ref in made_any.refs:
+        if not ref["no_target"]:
+            assert {names[i] for i in ref["category_id"]} <= set(preset.targets(ref["split"]))
+
+
+def test_any_targets_give_the_same_bytes_for_any_number_of_workers(tmp_path):
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    generate(small(alone, targets="any"))
+    generate(small(shared, targets="any", workers=2))
+    assert contents(alone) == contents(shared)
+
+
+def test_sets_made_before_there_were_targets_stay_up_to_date(tmp_path, monkeypatch, capsys):
+    root = generate(small(tmp_path / "set", train=2, targets="one"))
+    written = (root / "generated.json").read_text()
+    assert written == (
+        '{"version":1,"scenes":"standard","size":48,"train":2,"val":2,"test":2,"seed":0}'  # as it was then
+    )
+    monkeypatch.setattr(export, "picture", None)
+    assert generate(small(root, train=2)) == root
+    assert f"{root}: up to date" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"holds a set with targets='one' \(asked for 'any'\); choose"):
+        generate(small(root, train=2, targets="any"))
+
+
+def test_set_of_any_targets_is_not_taken_for_one_of_single_targets(tmp_path):
+    root = generate(small(tmp_path / "set", train=2, targets="any"))
+    assert json.loads((root / "generated.json").read_text())["targets"] == "any"
+    with pytest.raises(InputError, match=r"holds a set with targets='any' \(asked for 'one'\); choose"):
+        generate(small(root, train=2))
+
+
+@pytest.mark.parametrize(
+    ("program", "answer"),
+    [
+        (("every", ("filter", "colour", "red", ("all",))), (0, 1)),
+        (("every", ("filter", "colour", "blue", ("all",))), None),  # there is one
+        (("every", ("filter", "colour", "green", ("all",))), ()),
+        (("count", 2, ("filter", "colour", "red", ("all",))), (0, 1)),
+        (("count", 3, ("filter", "colour", "red", ("all",))), None),
+        (("count", 2, ("filter", "colour", "green", ("all",))), ()),
+        (("and", ("filter", "colour", "blue", ("all",)), ("filter", "shape", "star", ("all",))), (1, 2)),
+        (("and", ("filter", "colour", "blue", ("all",)), ("filter", "colour", "red", ("all",))), None),
+        (("and", ("filter", "colour", "green", ("all",)), ("filter", "shape", "star", ("all",))), None),
+        (("and", ("filter", "colour", "blue", ("all",)), ("filter", "shape", "square", ("all",))), None),
+    ],
+)
+def test_number_and_plural_must_fit_the_scene(program, answer):
+    looks = (("circle", "red"), ("star", "red"), ("square", "blue"))
+    scene = [
+        SceneObject(*look, "large", 0.2 + 0.3 * k, 0.5, 0.2, 0.0, (0, 0, 0)) for k, look in enumerate(looks)
+    ]
+    assert execute(program, scene) == answer
+    stored = [item._asdict() | {"ann_id": k} for k, item in enumerate(scene)]
+    found = picks(json.loads(json.dumps(program)), stored, margins=True)
+    assert found == (None if answer is None else list(answer))

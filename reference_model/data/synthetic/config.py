@@ -7,7 +7,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """Generate a data set of procedural scenes in the REFER layout.
+    """Generate a data set of procedural scenes in the layout of REFER or gRefCOCO.
 
     The files depend on every field but `root`, `workers` and `json`.
     """
@@ -18,6 +18,11 @@ class GenerateConfig:
     scenes: Literal["easy", "standard"] = "easy"
     """`easy`: 2-4 large objects, 4 shapes, 4 colours, short sentences without relations.
     `standard`: 4-8 objects, 10 shapes, 8 colours, 2 sizes, all families of sentences."""
+
+    targets: Literal["one", "any"] = "one"
+    """`one`: each sentence means one object; REFER's layout, data.dataset refcoco.
+    `any`: some 59 per cent of the sentences mean one object, 29 several and 12 none, as gRefCOCO's do; its
+    layout, data.dataset grefcoco. A sentence that means none is true of the picture but for one word."""
 
     size: int = 128
     """Height and width of every picture, pixels, in [32, 2048]."""

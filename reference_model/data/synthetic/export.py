@@ -1,7 +1,8 @@
-"""From settings to a data set on disk, in the layout of REFER (RefCOCO).
+"""From settings to a data set on disk, in the layout of REFER (RefCOCO) or of gRefCOCO.
 
 refcoco/refs(unc).p       references with their sentences; each sentence also carries its `program`
 refcoco/instances.json    COCO: every object of every picture is annotated, targets or not
+grefcoco/grefs(unc).json, grefcoco/instances.json    instead of these two, where `targets` is any
 images/train2014/COCO_train2014_%012d.jpg
 scenes.json               the scene graph of each picture, objects in painter's order
 generated.json            the settings
@@ -27,6 +28,7 @@ from reference_model.data.synthetic.config import GenerateConfig
 from reference_model.data.synthetic.program import Program, describe
 from reference_model.data.synthetic.render import painted_ids, picture, polygons, visible_ids
 from reference_model.data.synthetic.scene import PRESETS, Preset, SceneObject, outline_area, sample_scene
+from reference_model.data.synthetic.targets import KINDS, describe_again, describe_any
 from reference_model.data.synthetic.words import sentence
 from reference_model.files import InputError, written_whole
 
@@ -38,6 +40,9 @@ VISIBLE = 0.7
 
 PICTURES = "images/train2014"
 SPLITS = ("train", "val", "testA", "testB")
+
+References = dict[tuple[int, ...], list[tuple[str, Program]]]
+"""Indices of the targets -> sentences and what they mean."""
 
 
 class Job(NamedTuple):
@@ -64,16 +69,20 @@ def generate(config: GenerateConfig) -> Path:
     jobs = list(_jobs(config))
     with written_whole(config.root.resolve()) as root:
         (root / PICTURES).mkdir(parents=True)
-        (root / "refcoco").mkdir()
+        dataset = "refcoco" if config.targets == "one" else "grefcoco"
+        (root / dataset).mkdir()
         with _mapping(config.workers) as mapping:
             made = mapping(partial(_make, config=config, folder=root / PICTURES), jobs)
             pictures = list(tqdm(made, "pictures", len(jobs), file=sys.stderr, disable=None))
-        refs, annotations, scenes = _numbered(jobs, pictures)
+        refs, annotations, scenes = _numbered(config, jobs, pictures)
         # Through JSON and back: pickle writes an object once however often it occurs, and which strings are
         # one object would otherwise depend on the number of workers.
         refs = json.loads(json.dumps(refs))
-        (root / "refcoco" / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
-        _write_json(root / "refcoco" / "instances.json", _instances(config, jobs, annotations))
+        if config.targets == "one":
+            (root / dataset / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
+        else:
+            _write_json(root / dataset / "grefs(unc).json", refs)
+        _write_json(root / dataset / "instances.json", _instances(config, jobs, annotations))
         _write_json(root / "scenes.json", scenes)
         _write_json(root / "generated.json", _settings(config))
     made = {
@@ -101,6 +110,8 @@ def _check_ranges(config: GenerateConfig) -> None:
             )
     if config.scenes not in PRESETS:
         raise InputError(f"GenerateConfig: scenes must be one of {list(PRESETS)}, got {config.scenes!r}")
+    if config.targets not in ("one", "any"):
+        raise InputError(f"GenerateConfig: targets must be one or any, got {config.targets!r}")
     if not config.train + config.val + config.test:
         raise InputError("GenerateConfig: train, val and test are all 0, at least one must be 1 or more")
 
@@ -108,7 +119,10 @@ def _check_ranges(config: GenerateConfig) -> None:
 def _settings(config: GenerateConfig) -> dict[str, Any]:
     """All that the bytes depend on."""
     fields = asdict(config)
-    return {"version": VERSION} | {k: v for k, v in fields.items() if k not in ("root", "workers", "json")}
+    left_out = {"root", "workers", "json"}
+    if config.targets == "one":
+        left_out.add("targets")  # younger than the sets that lack it
+    return {"version": VERSION} | {k: v for k, v in fields.items() if k not in left_out}
 
 
 def _is_up_to_date(config: GenerateConfig) -> bool:
@@ -122,7 +136,7 @@ def _is_up_to_date(config: GenerateConfig) -> bool:
     asked = _settings(config)
     if held == asked:
         return True
-    held = held if isinstance(held, dict) else {}
+    held, asked = ({"targets": "one"} | found for found in (held if isinstance(held, dict) else {}, asked))
     differs = [f"{k}={held.get(k)!r} (asked for {v!r})" for k, v in asked.items() if held.get(k) != v]
     raise InputError(f"{root}: holds a set with {', '.join(differs)}; choose another root or remove this one")
 
@@ -155,6 +169,7 @@ def _make(job: Job, config: GenerateConfig, folder: Path) -> dict[str, Any]:
     """Make one picture: write it, and return its objects and references, not yet numbered."""
     rng = Random(f"{config.seed} {job.split} {job.index}")
     preset = PRESETS[config.scenes]
+    kinds = None if config.targets == "one" else rng.choices(list(KINDS), KINDS.values(), k=rng.randint(2, 4))
     while True:
         scene = sample_scene(preset, rng)
         painted = painted_ids(scene, config.size)
@@ -163,8 +178,13 @@ def _make(job: Job, config: GenerateConfig, folder: Path) -> dict[str, Any]:
         whole = np.array([outline_area(item) for item in scene]) * config.size**2
         if (seen < VISIBLE * whole).any():
             continue
-        refs = _references(scene, preset, job.split, rng)
-        if len(refs) >= 2:
+        free = [k for k, item in enumerate(scene) if item.shape in preset.targets(job.split)]
+        refs = (
+            _references(scene, free, preset, rng)
+            if kinds is None
+            else _of_kinds(kinds, scene, free, preset, rng)
+        )
+        if refs is not None:
             break
     image = picture(scene, painted, rng)
     image.save(folder / _file_name(job.image_id), quality=92, subsampling=0)
@@ -178,14 +198,13 @@ def _make(job: Job, config: GenerateConfig, folder: Path) -> dict[str, Any]:
 
 
 def _references(
-    scene: tuple[SceneObject, ...], preset: Preset, split: str, rng: Random
-) -> dict[int, list[tuple[str, Program]]]:
-    """Two to four targets, where the scene has them, each with one to three sentences.
+    scene: tuple[SceneObject, ...], free: list[int], preset: Preset, rng: Random
+) -> References | None:
+    """Two to four targets, each one object and with one to three sentences; None where there are fewer.
 
     The family of the first sentence is drawn before its target, or few would be superlatives.
     """
-    free = [k for k, item in enumerate(scene) if item.shape in preset.targets(split)]
-    refs: dict[int, list[tuple[str, Program]]] = {}
+    refs: References = {}
     for _ in range(rng.randint(2, 4)):
         target, program = _described(rng.sample(free, len(free)), scene, preset, rng)
         if program is None:
@@ -195,8 +214,31 @@ def _references(
         for _ in range(rng.randint(0, 2)):
             _, program = _described([target], scene, preset, rng)
             sentences.setdefault(sentence(program, rng), program)
-        refs[target] = list(sentences.items())
-    return refs
+        refs[target,] = list(sentences.items())
+    return refs if len(refs) >= 2 else None
+
+
+def _of_kinds(
+    kinds: list[str], scene: tuple[SceneObject, ...], free: list[int], preset: Preset, rng: Random
+) -> References | None:
+    """For each kind one to three sentences about one choice of targets; None where the scene has too few.
+
+    The kinds are drawn before the scene, or those that few scenes have would be rare.
+    """
+    refs: dict[tuple[int, ...], dict[str, Program]] = {}
+    for kind in kinds:
+        unused_first = sorted(free, key=lambda k: rng.random() + ((k,) in refs))
+        found = describe_any(kind, scene, unused_first, preset, rng)
+        if found is None:
+            return None
+        targets, program = found
+        sentences = refs.setdefault(targets, {})
+        sentences.setdefault(sentence(program, rng), program)
+        for _ in range(rng.randint(0, 2)):
+            again = describe_again(targets, scene, preset, rng)
+            if again is not None:
+                sentences.setdefault(sentence(again.program, rng), again.program)
+    return {targets: list(sentences.items()) for targets, sentences in refs.items()}
 
 
 def _described(
@@ -232,7 +274,9 @@ def _file_name(image_id: int) -> str:
     return f"COCO_train2014_{image_id:012d}.jpg"
 
 
-def _numbered(jobs: list[Job], pictures: list[dict[str, Any]]) -> tuple[list, list, list]:
+def _numbered(
+    config: GenerateConfig, jobs: list[Job], pictures: list[dict[str, Any]]
+) -> tuple[list, list, list]:
     """Number objects, references and sentences from 1, in the order of the pictures."""
     refs: list[dict] = []
     annotations: list[dict] = []
@@ -244,26 +288,37 @@ def _numbered(jobs: list[Job], pictures: list[dict[str, Any]]) -> tuple[list, li
             annotations.append({"id": first_ann + k, "image_id": job.image_id} | annotation)
         objects = [{"ann_id": first_ann + k} | item for k, item in enumerate(made["objects"])]
         scenes.append({"image_id": job.image_id, "split": job.split, "objects": objects})
-        for target, described in made["refs"].items():
+        for targets, described in made["refs"].items():
             sentences = []
             for text, program in described:
                 sent_id += 1
                 words = {"tokens": text.split(), "raw": text, "sent_id": sent_id, "sent": text}
                 sentences.append(words | {"program": program})
-            annotation = annotations[first_ann - 1 + target]
+            found = [annotations[first_ann - 1 + target] for target in targets]
             refs.append(
                 {
                     "sent_ids": [s["sent_id"] for s in sentences],
-                    "file_name": _file_name(job.image_id).replace(".jpg", f"_{annotation['id']}.jpg"),
-                    "ann_id": annotation["id"],
+                    "file_name": _file_name(job.image_id),
+                    "ann_id": [annotation["id"] for annotation in found] or [-1],
                     "ref_id": len(refs) + 1,
                     "image_id": job.image_id,
                     "split": job.split,
-                    "category_id": annotation["category_id"],
+                    "category_id": [annotation["category_id"] for annotation in found] or [-1],
                     "sentences": sentences,
                 }
             )
+            if config.targets == "one":
+                refs[-1] |= _of_refer(refs[-1])
+            else:
+                refs[-1]["no_target"] = not found
     return refs, annotations, scenes
+
+
+def _of_refer(ref: dict[str, Any]) -> dict[str, Any]:
+    """What REFER writes otherwise than gRefCOCO: one annotation, whose number the file name ends in."""
+    (ann_id,), (category_id,) = ref["ann_id"], ref["category_id"]
+    file_name = ref["file_name"].replace(".jpg", f"_{ann_id}.jpg")
+    return {"file_name": file_name, "ann_id": ann_id, "category_id": category_id}
 
 
 def _instances(config: GenerateConfig, jobs: list[Job], annotations: list[dict]) -> dict[str, Any]:

@@ -6,6 +6,12 @@
     ("superlative", key, "min" | "max", pool)   key is x, y or scale
     ("relation", side, anchor, pool)            left, right, top (above) or bottom (below) of the one anchor
 
+What an outermost part can be, in sentences about several objects (see `targets`):
+
+    ("every", pool)                             all of the pool, which holds none or two and more
+    ("count", number, pool)                     all of the pool, which holds none or so many, two or more
+    ("and", one, other)                         both, each of which picks one object
+
 The margins make "unambiguous" a matter of sight rather than of decimals. A decision about places holds only
 where it would still hold if an object were moved by `POSITION_MARGIN` of the picture: objects of the pool
 that near to the middle line (location), to the anchor's own line (relation) or to the winner (superlative)
@@ -29,6 +35,8 @@ SCALE_MARGIN = 0.22
 AXES = {"left": ("x", -1), "right": ("x", 1), "top": ("y", -1), "bottom": ("y", 1)}
 """Side -> axis and the sign of its direction."""
 
+OPPOSITE = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
+
 Program = tuple
 
 
@@ -36,8 +44,8 @@ def execute(program: Program, scene: Sequence[SceneObject]) -> tuple[int, ...] |
     """Run a program on a scene.
 
     Returns:
-        Indices of the objects it picks, ascending; None where an object within a margin, or an anchor that
-        is not exactly one object, leaves it undecided.
+        Indices of the objects it picks, ascending; None where an object within a margin, or an anchor, a
+        number or a plural that the scene contradicts, leaves it undecided.
     """
     if program == ("all",):
         return tuple(range(len(scene)))
@@ -45,6 +53,14 @@ def execute(program: Program, scene: Sequence[SceneObject]) -> tuple[int, ...] |
     pool = execute(inner, scene)
     if pool is None:
         return None
+    if operation == "every":
+        return pool if len(pool) != 1 else None
+    if operation == "count":
+        return pool if len(pool) in (0, *rest) else None
+    if operation == "and":
+        one = execute(rest[0], scene)
+        both = set(pool) | set(one or ())
+        return tuple(sorted(both)) if one is not None and len(one) == len(pool) == 1 < len(both) else None
     if operation == "filter":
         attribute, value = rest
         return tuple(i for i in pool if getattr(scene[i], attribute) == value)
@@ -117,7 +133,7 @@ def describe(
     target: int, scene: Sequence[SceneObject], family: str, attributes: tuple[str, ...], rng: Random
 ) -> Program | None:
     """Propose programs of a family in random order; return the first that singles out the target, if any."""
-    pools = _named(scene[target], attributes, rng)
+    pools = named(scene[target], attributes, rng)
     for heads in _heads(target, scene, family, attributes, rng):
         for program in pools:
             for head in heads:
@@ -147,10 +163,10 @@ def _heads(
         for index in rng.sample(range(len(scene)), len(scene)):
             anchor = describe(index, scene, "attribute", attributes, rng) if index != target else None
             if anchor:
-                yield (("relation", _direction(item, scene[index]), anchor),)
+                yield (("relation", direction(item, scene[index]), anchor),)
 
 
-def _direction(item: SceneObject, anchor: SceneObject) -> str:
+def direction(item: SceneObject, anchor: SceneObject) -> str:
     """Side of the anchor on which the item lies, by the longer way: far up and a bit to the left is top."""
     dx, dy = item.x - anchor.x, item.y - anchor.y
     if abs(dx) > abs(dy):
@@ -158,7 +174,7 @@ def _direction(item: SceneObject, anchor: SceneObject) -> str:
     return "top" if dy < 0 else "bottom"
 
 
-def _named(item: SceneObject, attributes: tuple[str, ...], rng: Random) -> list[Program]:
+def named(item: SceneObject, attributes: tuple[str, ...], rng: Random) -> list[Program]:
     """Filters by every subset of an object's attributes, those with the shape rather first."""
     subsets = [names for count in range(len(attributes) + 1) for names in combinations(attributes, count)]
     subsets.sort(key=lambda names: rng.random() + 0.5 * ("shape" not in names))

@@ -35,13 +35,30 @@ RELATIONS = {
     "bottom": ("below", "under", "lower than"),
 }
 
+NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight")
+"""From 2 on."""
+# "fishes", or "the fish" could be one or several.
+PLURALS = {"cross": "crosses", "fish": "fishes"}
+
 
 def sentence(program: Program, rng: Random) -> str:
     """Word a program; the article is left out now and then, as people do."""
+    operation, *rest, inner = program if program != ("all",) else ("", program)
+    if operation == "and":
+        # The second article always: in "the red star and circle" both could be red.
+        one, other = _noun_phrase(rest[0], rng), _noun_phrase(inner, rng)
+        return ("the " if rng.random() < 0.7 else "") + f"{one} and the {other}"
+    if operation == "every":
+        words = rng.choice(("all", "all the", "the", "every"))
+        return f"{words} {_noun_phrase(inner, rng, plural=words != 'every')}"
+    if operation == "count":
+        number = NUMBERS[rest[0] - 2]
+        words = rng.choice((f"the {number}", number, "both" if number == "two" else f"all {number}"))
+        return f"{words} {_noun_phrase(inner, rng, plural=True)}"
     return ("the " if rng.random() < 0.7 else "") + _noun_phrase(program, rng)
 
 
-def _noun_phrase(program: Program, rng: Random) -> str:
+def _noun_phrase(program: Program, rng: Random, *, plural: bool = False) -> str:
     adjectives: dict[str, str] = {}
     noun, front, behind, sides = rng.choice(NOUNS), [], [], []
     while program != ("all",):
@@ -68,6 +85,7 @@ def _noun_phrase(program: Program, rng: Random) -> str:
         behind.append(rng.choice(SIDES[sides[0]]))
     if len(adjectives) and noun in NOUNS and rng.random() < 0.5:
         noun = "one"
+    noun = PLURALS.get(noun, f"{noun}s") if plural else noun
     adjective = [adjectives[name] for name in ("size", "colour") if name in adjectives]
     return " ".join([*front, *adjective, noun, *behind])
 
@@ -82,3 +100,9 @@ def _vocabulary() -> frozenset[str]:
 
 VOCABULARY = _vocabulary()
 """Every word that a sentence of any preset can hold."""
+
+PLURAL_VOCABULARY = frozenset(
+    ["and", "all", "both", "every", *NUMBERS]
+    + [PLURALS.get(noun, f"{noun}s") for noun in ("one", *NOUNS, *PRESETS["standard"].shapes)]
+)
+"""Every other word that a sentence about several objects can hold."""

@@ -1,0 +1,91 @@
+"""The guidance set: what the decoder is told of the sentence, and the paper's variants (Tables 5 to 9)."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from metris_blocks import LanguageEnhancer, VisualExpressionExtractor
+from metris_blocks.layers import AttentionLayer
+
+
+class GuidanceSet(NamedTuple):
+    """What `Guidance` returns; g tokens, LE before VE or pixels."""
+
+    tokens: Tensor
+    """(b, g, d)."""
+    mask: Tensor
+    """(b, g) bool; True = takes part."""
+    scores: Tensor | None
+    """(b, l, n) relevance S_c; None where nothing is curated."""
+    dynamic_mask: Tensor | None
+    """(b, l, n) bool; True = curated. None with ``scores``."""
+
+
+class SelfAttention(nn.Module):
+    """Layers among the words alone: what gives pure LE the size of the others without a look at the image.
+
+    Args:
+        dim: d, channels of the tokens.
+        depth: Number of layers.
+        options: Of `AttentionLayer`.
+    """
+
+    def __init__(self, dim: int, *, depth: int, **options: object) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(AttentionLayer(dim, **options) for _ in range(depth))
+
+    def forward(self, language: Tensor, visual: Tensor, *, language_mask: Tensor) -> Tensor:
+        """(b, l, d), anything, (b, l) bool -> (b, l, d), zero where padded."""
+        for layer in self.layers:
+            language = layer(language, mask=language_mask)
+        return language.masked_fill(~language_mask[..., None], 0)
+
+
+class Guidance(nn.Module):
+    """Expression tokens and visual tokens -> guidance set G (METRIS 3.2 and 3.3).
+
+    Args:
+        enhancer: Lets language look at the image; for "pure_le" a `SelfAttention`, which does not.
+        extractor: Makes the visual expression; None in variants without.
+        pixels: Brings visual tokens to the guidance width; None but for "enhanced_le+pixels".
+        language: The expression tokens are part of the set.
+    """
+
+    def __init__(
+        self,
+        enhancer: LanguageEnhancer | SelfAttention,
+        extractor: VisualExpressionExtractor | None,
+        *,
+        pixels: nn.Module | None = None,
+        language: bool = True,
+    ) -> None:
+        super().__init__()
+        self.enhancer = enhancer
+        self.extractor = extractor
+        self.pixels = pixels
+        self.language = language
+
+    def forward(
+        self, visual: Tensor, language: Tensor, language_mask: Tensor, cue_mask: Tensor | None = None
+    ) -> GuidanceSet:
+        """Make the guidance set.
+
+        Args:
+            visual: (b, n, c) tokens F_v.
+            language: (b, l, d) tokens Q_L; index 0 is the global cue.
+            language_mask: (b, l) bool; True = real token.
+            cue_mask: (b, l) bool; True = gets a visual expression token. None: every real token.
+        """
+        language = self.enhancer(language, visual, language_mask=language_mask)
+        parts = [(language, language_mask)] if self.language else []
+        scores = dynamic_mask = None
+        if self.pixels is not None:
+            parts.append((self.pixels(visual), language_mask.new_ones(visual.shape[:2])))
+        if self.extractor is not None:
+            tokens, scores, dynamic_mask = self.extractor(
+                visual, language, language_mask=language_mask, cue_mask=cue_mask
+            )
+            parts.append((tokens, language_mask if cue_mask is None else language_mask & cue_mask))
+        tokens, masks = zip(*parts, strict=True)
+        return GuidanceSet(torch.cat(tokens, dim=1), torch.cat(masks, dim=1), scores, dynamic_mask)

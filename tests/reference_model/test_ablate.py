@@ -1,0 +1,198 @@
+"""`metris ablate`: which runs it makes, that it goes on where it was, and what it makes of their scores."""
+
+import csv
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+from reference_model import ablate as command
+from reference_model.ablate import FULL, TABLES, Run, changed, interval, run_config, summarise
+from reference_model.cli import main, parse
+from reference_model.configs import preset_file, read_yaml
+from reference_model.data.config import DataConfig
+from reference_model.files import InputError
+from reference_model.training.config import AblateConfig, TrainConfig
+
+
+@pytest.fixture
+def config(scenes, small, tmp_path) -> AblateConfig:
+    return AblateConfig(
+        data=DataConfig(root=scenes),
+        model=small,
+        out=tmp_path / "tables",
+        table="8",
+        seeds=2,
+        steps=2,
+        batch_size=4,
+        learning_rate=1e-3,
+        evaluate_every=0,
+        device="cpu",
+    )
+
+
+def scored(folder, value):
+    """Pretend that a run has finished."""
+    folder.mkdir(parents=True)
+    scores = {name: value for name in command.COLUMNS} | {"count": 3}
+    (folder / "metrics.json").write_text(json.dumps({"val": {"METRIS": scores}}))
+
+
+# ------------------------------------------------------------------------------------------------- the tables
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_rows_change_what_they_name_and_nothing_else(table, config):
+    for row, changes in TABLES[table].rows.items():
+        plain, made = (run_config(config, row, 5, given) for given in ({}, changes))
+        assert made.seed == 5 and made.out == config.out / row / "seed5"
+        restored = changed(made, {name: _at(plain, name) for name in changes})
+        assert restored == plain
+        assert all(_at(made, name) == value for name, value in changes.items())
+
+
+def _at(config, name):
+    for part in name.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def test_one_row_is_one_thing_in_every_table():
+    rows = {}
+    for table in TABLES.values():
+        for row, changes in table.rows.items():
+            assert rows.setdefault(row, changes) == changes, row
+
+
+# --------------------------------------------------------------------------------------------------- the runs
+
+
+def test_table_is_trained_scored_and_written(config, capsys):
+    command.ablate(config)
+    shown = capsys.readouterr().out
+    runs = list(csv.DictReader((config.out / "table-8.csv").open()))
+    assert {(run["row"], run["seed"]) for run in runs} == {(row, s) for row in TABLES["8"].rows for s in "01"}
+    for run in runs:
+        folder = config.out / run["row"] / f"seed{run['seed']}"
+        found = json.loads((folder / "metrics.json").read_text())["val"]["METRIS"]
+        assert float(run["mIoU"]) == found["mIoU"]
+    for row in TABLES["8"].rows:
+        assert f"| {row} | 2 |" in shown and f"| {row} | 2 |" in (config.out / "table-8.md").read_text()
+    assert (config.out / "table-8.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_finished_runs_are_skipped_and_interrupted_ones_begun_anew(config, monkeypatch):
+    begun = []
+
+    def interrupted(run, splits, threads):
+        begun.append((run.row, run.seed))
+        if len(begun) == 3:
+            run.config.out.mkdir(parents=True)
+            (run.config.out / "half").touch()
+            raise KeyboardInterrupt
+        scored(run.config.out, 0.5)
+
+    monkeypatch.setattr(command, "_run", interrupted)
+    monkeypatch.setattr(command, "_parameters", lambda run: 1)
+    with pytest.raises(KeyboardInterrupt):
+        command.ablate(config)
+    assert begun[0] == (next(iter(TABLES["8"].rows)), 0)
+    done, third = begun[:2], begun[2]
+    monkeypatch.undo()
+    trained = []
+    monkeypatch.setattr(command, "train", lambda run: trained.append(run.out) or run.out.mkdir(parents=True))
+    monkeypatch.setattr(
+        command, "evaluate", lambda given: (given.checkpoint / "metrics.json").write_text(
+            json.dumps({"val": {"METRIS": dict.fromkeys([*command.COLUMNS, "count"], 0.5)}})
+        )
+    )  # fmt: skip
+    monkeypatch.setattr(command, "_parameters", lambda run: 1)
+    command.ablate(config)
+    names = [(folder.parent.name, int(folder.name[4:])) for folder in trained]
+    assert names[0] == third and not set(done) & set(names) and len(names) == 4
+    assert not (trained[0] / "half").exists()
+
+
+def test_other_splits_are_scored_without_training(config, monkeypatch):
+    config = replace(config, rows=FULL, seeds=1)
+    run = Run(FULL, 0, run_config(config, FULL, 0, {}))
+    scored(run.config.out, 0.5)
+    run.config.out.with_suffix(".yaml").write_text(command._settings(run))
+    evaluated = []
+    monkeypatch.setattr(command, "train", lambda _: pytest.fail("was trained already"))
+    monkeypatch.setattr(command, "evaluate", lambda given: evaluated.append(given.splits))
+    monkeypatch.setattr(command, "_parameters", lambda run: 1)
+    command.ablate(replace(config, splits="val,testA"))
+    assert evaluated == ["val,testA"]
+
+
+def test_run_of_other_settings_is_refused(config, monkeypatch):
+    monkeypatch.setattr(command, "_run", lambda run, splits, threads: (
+        scored(run.config.out, 0.5), run.config.out.with_suffix(".yaml").write_text(command._settings(run))
+    ))  # fmt: skip
+    monkeypatch.setattr(command, "_parameters", lambda run: 1)
+    command.ablate(config)
+    command.ablate(config)
+    with pytest.raises(InputError, match="holds a run of other settings"):
+        command.ablate(replace(config, learning_rate=2e-3))
+
+
+def test_jobs_share_the_runs_and_give_the_same_scores(config):
+    config = replace(config, seeds=1, rows="no_contrastive_loss,full")
+    alone = command.ablate(config)
+    shared = command.ablate(replace(config, out=config.out.with_name("shared"), jobs=2))
+    assert [row["row"] for row in shared] == [row["row"] for row in alone] == ["no_contrastive_loss", "full"]
+    for one, other in zip(alone, shared, strict=True):
+        assert math.isclose(one["mIoU"], other["mIoU"], abs_tol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------ the numbers
+
+
+def test_interval_is_students():
+    # Student's own: for the values 1, 2, 3 the mean is 2 ± 4.303 / √3.
+    assert math.isclose(interval([1.0, 2.0, 3.0]), 4.303 / math.sqrt(3))
+    assert math.isnan(interval([1.0]))
+    assert interval([2.0, 2.0]) == 0
+
+
+def test_summary_pairs_seeds(config, monkeypatch):
+    monkeypatch.setattr(command, "_parameters", lambda run: 10**6)
+    runs = []
+    for row, values in {"no_contrastive_loss": {0: 0.1, 1: 0.4, 2: 0.2}, FULL: {0: 0.2, 1: 0.5}}.items():
+        for seed, value in values.items():
+            runs.append(Run(row, seed, run_config(config, row, seed, {})))
+            scored(runs[-1].config.out, value)
+    other, full = summarise(runs, "val")
+    assert math.isclose(other["mIoU"], 0.7 / 3) and other["seeds"] == 3
+    assert math.isclose(other["less_full"], -0.1) and math.isclose(other["less_full_95"], 0, abs_tol=1e-12)
+    assert "less_full" not in full and full["seeds"] == 2
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+def test_preset_and_options_reach_every_run():
+    words = ["--preset", "metris_tiny", "--data.root", "D", "--table", "5", "--seeds", "3", "--steps", "7"]
+    config = parse("ablate", words)
+    preset = read_yaml(preset_file("metris_tiny"), TrainConfig)
+    assert (config.table, config.seeds, config.steps) == ("5", 3, 7)
+    assert config.learning_rate == preset["learning_rate"] and config.model.guidance_dim == 128
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--table", "7"], "table 7: unknown; there are 5, 6, fig6, 8,"),
+        (["--rows", "nothing"], "rows: table 5 has no nothing; there are pure_le, enhanced_le"),
+        (["--seeds", "0"], "seeds: must be in [1, 100], got 0"),
+        (["--jobs", "0"], "jobs: must be in [1, 256], got 0"),
+        (["--out", "/proc/none"], "/proc/none"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(words, says, scenes, tmp_path, capsys):
+    base = ["ablate", "--preset", "metris_tiny", "--data.root", str(scenes), "--out", str(tmp_path)]
+    assert main([*base, *words]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and says in err
