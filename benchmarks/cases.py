@@ -138,16 +138,29 @@ def errors(actual: list[Tensor], truth: list[Tensor]) -> Iterator[float]:
         yield math.inf if error.isnan() else float(error)
 
 
-def require_truth(case: Case, provider: str, mode: str) -> None:
+class Truth:
+    """The results of a case in float64, and how far the literal code in its own dtype is from them."""
+
+    def __init__(self, case: Case, mode: str) -> None:
+        self.results = case.truth(mode)
+        self.literal = list(errors(case.results("literal", mode), self.results))
+
+
+def require_truth(case: Case, provider: str, mode: str, truth: Truth | None = None) -> None:
     """Refuse a wrong way: twice the error of the literal code in its dtype, and rounding, are allowed.
+
+    Args:
+        case: What is computed.
+        provider: By which way.
+        mode: As in `MODES`.
+        truth: Of this case and mode, where it is known already.
 
     Raises:
         AssertionError: Names the provider, its error and what was allowed.
     """
-    truth = case.truth(mode)
+    truth = truth or Truth(case, mode)
     actual = case.results(provider, mode)
-    literal = case.results("literal", mode)
-    for one, other, x in zip(errors(actual, truth), errors(literal, truth), actual, strict=True):
+    for one, other, x in zip(errors(actual, truth.results), truth.literal, actual, strict=True):
         allowed = 2 * other + 64 * torch.finfo(x.dtype).eps + case.slack
         assert one <= allowed, f"{provider} is wrong: error {one:.2g}, allowed {allowed:.2g}"
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.cases import DTYPES, Case, Size, require_truth
+from benchmarks.cases import DTYPES, Case, Size, Truth, require_truth
 from benchmarks.measure import event_ms, graph_of, ratio, roofline, synchronize
 from reference_model.model.cost import device_name, peak_bytes
 
@@ -35,16 +35,17 @@ _NAME = device_name(torch.device(DEVICE)) + (
 )
 _started = time.monotonic()
 _rows: list[Row] = []
+_truth: dict[tuple[object, ...], Truth] = {}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Measure small sizes first: on a slow machine time runs out on large ones."""
+    """Measure small sizes first, as a slow machine runs out of time on large ones; a case's rows together."""
 
-    def cost(item: pytest.Item) -> int:
-        size = item.callspec.params["size"]
-        return size.b * size.n
+    def order(item: pytest.Item) -> tuple[int, str, str, str]:
+        given = item.callspec.params
+        return given["size"].b * given["size"].n, item.originalname, given["mode"], given["dtype"]
 
-    items.sort(key=cost)
+    items.sort(key=order)
 
 
 @pytest.fixture
@@ -102,7 +103,12 @@ def row(request, benchmark, provider, mode, size, dtype) -> Callable[[Case], Non
         way = case.ways[provider]
         skip_if(way if isinstance(way, str) else "")
         skip_if("" if mode == "forward" or case.differentiable() else "has no gradient")
-        require_truth(case, provider, mode)
+        # Providers of one case follow each other, and all draw the same numbers: one truth serves them.
+        key = (about["stem"], mode, str(size), dtype)
+        if key not in _truth:
+            _truth.clear()
+            _truth[key] = Truth(case, mode)
+        require_truth(case, provider, mode, _truth[key])
         found = _times(benchmark, case, provider, mode)
         # A backward does twice the products of its forward.
         passes = {"forward": 1, "graph": 1, "backward": 2, "forward+backward": 3}[mode]

@@ -5,10 +5,12 @@ import importlib.util
 import json
 import math
 import multiprocessing
+import os
 import re
 import shutil
 import statistics
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
@@ -121,6 +123,14 @@ TABLES = {
             FULL: {},
         },
     ),
+    "lite": Table(
+        "Decoder of metris_swin_b_lite, as narrow beside metris_tiny's as that beside metris_swin_b's",
+        {
+            "lite_decoder": {"model.decoder_dim": [28, 20, 12, 8]},
+            "lite_decoder_of_one_width": {"model.decoder_dim": 12},  # as many multiply-adds at 480 px
+            FULL: {},
+        },
+    ),
     "9": Table("Articles as cues (METRIS Table 9)", {"no_articles": {"model.articles": False}, FULL: {}}),
 }
 
@@ -223,7 +233,8 @@ def _run_all(runs: Sequence[Run], config: AblateConfig) -> None:
         return
     # Spawned rather than forked: this process holds the threads of torch. One run a process frees its memory.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(config.jobs, mp_context=context, max_tasks_per_child=1) as pool:
+    options = {"mp_context": context, "max_tasks_per_child": 1, "initializer": _end_with_parent}
+    with ProcessPoolExecutor(config.jobs, **options) as pool:
         try:
             for done in as_completed([pool.submit(_run, run, config.splits, threads) for run in runs]):
                 done.result()
@@ -231,6 +242,17 @@ def _run_all(runs: Sequence[Run], config: AblateConfig) -> None:
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _end_with_parent() -> None:
+    """Leave no run behind that goes on writing when the command was killed."""
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _run(run: Run, splits: str, threads: int) -> None:

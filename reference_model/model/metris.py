@@ -172,7 +172,7 @@ class METRIS(nn.Module):
         guidance = self.guidance(visual, language, language_mask, self._cue_mask(token_ids, language_mask))
         maps: list[Tensor] | None = [] if return_maps else None
         logits = self.decoder(features.maps, guidance.tokens, guidance.mask, maps=maps)
-        logits = F.interpolate(logits[:, None], features.size, mode="bilinear", align_corners=False)[:, 0]
+        logits = self._at_image_size(logits, features.size)
         no_target = None if self.no_target is None else self.no_target(guidance)
         return MetrisOutput(logits, guidance.scores, guidance.dynamic_mask, grid, no_target, maps)
 
@@ -188,6 +188,16 @@ class METRIS(nn.Module):
         """Encode (u, 3, h, w) images, ImageNet-normalised, and refer to them; the rest as in `refer`."""
         features = self.encode_image(image)
         return self.refer(features, token_ids, language_mask, image_index, return_maps=return_maps)
+
+    def _at_image_size(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
+        """Bring (b, h_1, w_1) logits to the pixels of the image, bilinearly.
+
+        Cells that reach beyond the image, as encoders that pad right and bottom have, are cut there.
+        """
+        stride = self.image_encoder.strides[0]
+        whole = [max(cells * stride, side) for cells, side in zip(logits.shape[1:], size, strict=True)]
+        logits = F.interpolate(logits[:, None], whole, mode="bilinear", align_corners=False)
+        return logits[:, 0, : size[0], : size[1]]
 
     def _cue_mask(self, token_ids: Tensor, language_mask: Tensor) -> Tensor | None:
         """Mark the expression tokens that get a visual expression token; None: all real ones."""

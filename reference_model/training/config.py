@@ -64,7 +64,7 @@ class AblateConfig(TrainConfig):
     out: Path = Path("runs/ablate")
     """Folder of the tables: one folder a run, and each table as .csv, .md and .png."""
     table: str = "5"
-    """Table of the paper (5, 6, 8, 9) or figure (fig6), or a study of our own (learning)."""
+    """Table of the paper (5, 6, 8, 9) or figure (fig6), or a study of our own (learning, lite)."""
     rows: str | None = None
     """Rows to run, separated by commas. None: all of the table."""
     seeds: int = 3

@@ -281,6 +281,15 @@ def test_logits_have_the_size_of_the_image_whatever_it_is(name, options, high, w
         assert [tuple(x.shape[-2:]) for x in maps] == sizes
 
 
+@pytest.mark.parametrize("name", [TIMM, HUGGING])
+def test_logits_are_cut_where_the_image_ends(name, small):
+    options = {**SWIN, "window_size": 3}
+    model = build_metris(replace(small, image_encoder=name, image_encoder_options=options)).eval()
+    image, ids = torch.randn(2, 3, 61, 62), torch.randint(5, 99, (2, 6))
+    found, padded = model(image, ids, ids > 0), model(F.pad(image, (0, 2, 0, 3)), ids, ids > 0)
+    torch.testing.assert_close(found.logits, padded.logits[:, :61, :62], rtol=0, atol=1e-5)
+
+
 def test_image_is_padded_right_and_bottom_with_zeros_to_whole_patches():
     image = torch.randn(1, 3, 61, 50)
     for name in (TIMM, HUGGING):

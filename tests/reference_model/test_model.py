@@ -14,6 +14,7 @@ from reference_model.configs import build, preset_file, read_yaml
 from reference_model.files import InputError
 from reference_model.model.build import build_metris
 from reference_model.model.config import ModelConfig
+from reference_model.model.cost import multiply_adds
 from reference_model.model.image_encoder import ImageEncoder
 from reference_model.model.loss import MetrisLoss
 from reference_model.model.metris import METRIS
@@ -306,7 +307,6 @@ def test_tokenizer_is_the_same_after_saving(tmp_path):
 
 @pytest.mark.slow
 def test_paper_model_runs_forward_and_backward_at_480():
-    from reference_model.configs import build, preset_file, read_yaml
     from reference_model.training.config import TrainConfig
 
     values = read_yaml(preset_file("metris_swin_b"), TrainConfig)
@@ -318,7 +318,7 @@ def test_paper_model_runs_forward_and_backward_at_480():
     images, ids, mask = inputs(b=1, l=20, size=480, vocab=config.vocab_size)
     output = model(images, ids, mask)
     assert output.grid == (15, 15) and output.dynamic_mask[0, 0].sum() == 68
-    losses = loss(output, (torch.rand(1, 480, 480) < 0.1).float())
+    losses = loss(output, (torch.rand(1, 480, 480) < 0.1).float(), mask)
     losses.total.backward()
     assert losses.total.isfinite() and output.logits.shape == (1, 480, 480)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
@@ -326,6 +326,15 @@ def test_paper_model_runs_forward_and_backward_at_480():
         model.eval()(images, ids, mask)
     # Table 2 counts 432 G multiply-adds; the counter counts both operations of each.
     assert counter.get_total_flops() / 2 == pytest.approx(432e9, rel=0.05)
+
+
+@pytest.mark.slow
+def test_lite_model_costs_at_most_110_gmacs():
+    values = read_yaml(preset_file("metris_swin_b_lite"), ModelConfig, section="model")
+    config = build(ModelConfig, values | {"pretrained": False}, source="metris_swin_b_lite")
+    with torch.inference_mode():
+        model, (images, ids, mask) = build_metris(config).eval(), inputs(b=1, l=20, size=480)
+        assert multiply_adds(model, images, ids, mask)[""] <= 110e9
 
 
 def test_coordinates_tell_left_from_right(small):
