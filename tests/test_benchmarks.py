@@ -147,6 +147,15 @@ def test_rows_are_measured_or_say_why_not(tmp_path):
         assert ("ratio_to_literal" in row) == (row["provider"] != "literal")
 
 
+def test_gpu_machines_need_few_packages():
+    """What `make bench-gpu` asks for; what else is installed here is hidden."""
+    hidden = ["jsonargparse", "pycocotools", "matplotlib", "hypothesis", "xformers", "xdist", "gradio"]
+    modules = [f"benchmarks.{path.stem}" for path in (ROOT / "benchmarks").glob("bench_*.py")]
+    hide = f"import sys; sys.modules.update(dict.fromkeys({hidden}))"
+    code = f"{hide}; import benchmarks.conftest, {', '.join(modules)}"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 # ------------------------------------------------------------------------------------------------ the results
 
 
