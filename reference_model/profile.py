@@ -23,12 +23,14 @@ from reference_model.model.metris import METRIS
 Rows = list[dict[str, Any]]
 _filled = partial(textwrap.fill, width=110)
 
-# Row -> where it is in METRIS. The parts add up to the whole; the plain image encoder lies within the first.
+# Row -> where it is in METRIS, if it is. The parts add up; the plain image encoder lies within the first.
 PARTS = {
     "image encoder": "image_encoder",
     "text encoder": "text_encoder",
     "language enhancer": "guidance.enhancer",
     "extractor": "guidance.extractor",
+    "pixels": "guidance.pixels",
+    "no-target head": "no_target",
     "decoder": "decoder",
 }
 ROWS = PARTS | {"whole model": "", "plain image encoder": "image_encoder.backbone"}
@@ -115,7 +117,9 @@ def _measured(
     b, mask, first = len(images), torch.ones_like(token_ids).bool(), torch.zeros_like(token_ids[:, 0])
     batch = (images, token_ids[:b], mask[:b])
     about_one = {k: (images[:1], token_ids[:k], mask[:k], first[:k]) for k in sorted({1, sentences})}
-    calls = _calls(model, *batch)
+    paths = dict(model.named_modules()).keys()
+    rows = {row: path for row, path in ROWS.items() if path in paths}
+    calls = _calls(model, rows, *batch)
     in_turn = calls | {k: partial(model, *inputs) for k, inputs in about_one.items()}
     bar = tqdm(range(rounds + 1), desc="profile", unit="round", leave=False, disable=None)
     ms = latencies(in_turn, bar, images.device)
@@ -132,7 +136,7 @@ def _measured(
             "ms_%": median(100 * x / whole for x, whole in zip(ms[row], ms["whole model"])),
             "peak_MiB": peak_bytes(calls[row], images.device) / 2**20,
         }
-        for row, path in ROWS.items()
+        for row, path in rows.items()
     ]
     shared = [
         {
@@ -146,10 +150,10 @@ def _measured(
     return {"parts": parts, "one_image_encoded_once": shared}
 
 
-def _calls(model: METRIS, *inputs: Tensor) -> dict[Any, Callable[[], object]]:
+def _calls(model: METRIS, rows: dict[str, str], *inputs: Tensor) -> dict[Any, Callable[[], object]]:
     """Give each row as a call of its module with what that gets in a forward pass."""
-    calls, hooks = dict.fromkeys(ROWS), []
-    for row, path in ROWS.items():
+    calls, hooks = dict.fromkeys(rows), []
+    for row, path in rows.items():
         note = lambda module, args, kwargs, row=row: calls.update({row: partial(module, *args, **kwargs)})
         hooks.append(model.get_submodule(path).register_forward_pre_hook(note, with_kwargs=True))
     model(*inputs)
