@@ -23,12 +23,13 @@ demo: $(VENV)/.ready
 	$(BIN)/metris predict --checkpoint $(DEMO)/run --data.root $(DEMO)/data --split testB --count 4 --out $(DEMO)/pictures
 	@echo "checkpoint: $(DEMO)/run   metrics: $(DEMO)/run/metrics.json   pictures: $(DEMO)/pictures"
 
-# An ablation table of the paper on procedural scenes: make ablations TABLE=5, or 6, fig6, 8, 9, learning.
-# A run takes up to 5 minutes on 2 cores; the decoder is narrower than the demo's.
+# An ablation table of the paper on procedural scenes: make ablations TABLE=5, or 6, fig6, 8, 9, learning, lite.
+# A run takes up to 5 minutes on 2 cores; the decoder is narrower than the demo's, but for lite.
 ablations: $(VENV)/.ready
 	$(BIN)/metris generate --root $(DEMO)/ablations/data --scenes easy --size 96 --train 3000 --val 150 --test 20 --workers 2
-	$(BIN)/metris ablate --preset metris_tiny --model.decoder_dim '[48,32,24,16]' --data.root $(DEMO)/ablations/data \
-		--out $(DEMO)/ablations --table $(or $(TABLE),5) --seeds 3 --jobs 2
+	$(BIN)/metris ablate --preset metris_tiny $(if $(filter lite,$(TABLE)),,--model.decoder_dim '[48,32,24,16]') \
+		--data.root $(DEMO)/ablations/data --out $(DEMO)/ablations$(if $(filter lite,$(TABLE)),/lite) --table $(or $(TABLE),5) \
+		--seeds 3 --jobs 2
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n auto --maxprocesses 4

@@ -41,9 +41,10 @@ _truth: dict[tuple[object, ...], Truth] = {}
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Measure small sizes first, as a slow machine runs out of time on large ones; a case's rows together."""
 
-    def order(item: pytest.Item) -> tuple[int, str, str, str]:
+    def order(item: pytest.Item) -> tuple[int, str, str, str, str]:
         given = item.callspec.params
-        return given["size"].b * given["size"].n, item.originalname, given["mode"], given["dtype"]
+        size = given["size"]
+        return size.b * size.n, str(size), item.originalname, given["mode"], given["dtype"]
 
     items.sort(key=order)
 
@@ -115,6 +116,7 @@ def row(request, benchmark, provider, mode, size, dtype) -> Callable[[Case], Non
         flops, moved = _roofline(dtype)
         bound = max(passes * case.flop / flops, passes * case.nbytes / moved)
         found["gflop"], found["mbytes"] = passes * case.flop / 1e9, passes * case.nbytes / 1e6
+        # Of the equations as written out: a way that gets by with fewer operations may exceed 1.
         found["roofline_share"] = 1000 * bound / found.get("event_ms", found["ms"])
         benchmark.extra_info.update(about | found)
         _rows.append(about | found)
@@ -180,10 +182,10 @@ def _times(benchmark, case: Case, provider: str, mode: str) -> dict[str, object]
     found["rounds"] = rounds
     for name in references:
         found[f"ratio_to_{name}"] = ratio(seconds[provider], seconds[name])
-    if DEVICE == "cuda" and mode != "backward":
-        found["event_ms"] = event_ms(run, 30)
+    if DEVICE == "cuda":
+        found["event_ms"] = event_ms(run, 30, prepare)
         for name in references if mode != "graph" else ():
-            found[f"event_ratio_to_{name}"] = found["event_ms"] / event_ms(steps[name][1], 30)
+            found[f"event_ratio_to_{name}"] = found["event_ms"] / event_ms(steps[name][1], 30, steps[name][0])
     prepare()
     whole = run if mode != "backward" else lambda: (prepare(), run())
     found["peak_mib"] = peak_bytes(whole, DEVICE) / 2**20
@@ -203,7 +205,9 @@ def _versions() -> dict[str, object]:
         except importlib.metadata.PackageNotFoundError:
             return "none"
 
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    # "-dirty" behind the commit: the tree held more than that.
+    words = ["git", "describe", "--always", "--dirty"]
+    git = subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     return {
         "device": _NAME,
         **{package: version(package) for package in ("torch", "triton", "xformers")},

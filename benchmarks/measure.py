@@ -23,12 +23,18 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
     return statistics.median(one / other for one, other in zip(ours, theirs, strict=True))
 
 
-def event_ms(function: Callable[[], object], rounds: int) -> float:
-    """Median milliseconds between CUDA events around ``function``, with a cold second-level cache."""
+def event_ms(
+    function: Callable[[], object], rounds: int, prepare: Callable[[], object] = lambda: None
+) -> float:
+    """Median milliseconds between CUDA events around ``function``, with a cold second-level cache.
+
+    ``prepare`` runs before each, outside the time.
+    """
     cache = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
     pairs = []
     for _ in range(rounds):
         pair = tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))
+        prepare()
         cache.zero_()
         pair[0].record()
         function()

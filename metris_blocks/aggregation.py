@@ -47,23 +47,46 @@ class MaskedSoftmaxAggregation(nn.Module):
         self.proj = nn.Linear(visual_dim, dim)
 
     def forward(
-        self, scores: Tensor, dynamic_mask: Tensor, visual: Tensor, *, assume_finite: bool = False
+        self,
+        scores: Tensor,
+        dynamic_mask: Tensor,
+        visual: Tensor,
+        *,
+        gradient_mask: Tensor | None = None,
+        assume_finite: bool = False,
     ) -> Tensor:
-        """(b, l, n), (b, l, n) bool, (b, n, c) -> (b, l, d).
+        """Aggregate and project.
 
-        ``assume_finite`` is that of `masked_softmax_aggregation`.
+        Args:
+            scores: (b, l, n) relevance.
+            dynamic_mask: (b, l, n) bool; True = curated.
+            visual: (b, n, c) tokens.
+            gradient_mask: (b, l, n) bool; the scores' gradient is as if these were curated, straight through;
+                values and other gradients stay those of ``dynamic_mask``. None: ``dynamic_mask``.
+            assume_finite: As in `masked_softmax_aggregation`.
+
+        Returns:
+            (b, l, d).
         """
+        if gradient_mask is None:
+            aggregated = self._aggregated(scores, dynamic_mask, visual, assume_finite)
+        else:
+            soft = self._aggregated(scores, gradient_mask, visual.detach(), assume_finite)
+            aggregated = self._aggregated(scores.detach(), dynamic_mask, visual, assume_finite)
+            aggregated = aggregated + (soft - soft.detach())
+        out: Tensor = self.proj(aggregated)
+        return out
+
+    def _aggregated(self, scores: Tensor, mask: Tensor, visual: Tensor, assume_finite: bool) -> Tensor:
         temperature = self.temperature
         if self.log_temperature is not None:
             scores, temperature = scores / self.log_temperature.exp(), 1.0
-        aggregated = masked_softmax_aggregation(
+        return masked_softmax_aggregation(
             scores,
-            dynamic_mask,
+            mask,
             visual,
             temperature=temperature,
             divide_by_count=self.divide_by_count,
             assume_finite=assume_finite,
             backend=self.backend,
         )
-        out: Tensor = self.proj(aggregated)
-        return out

@@ -41,8 +41,8 @@ class VisualExpressionExtractor(nn.Module):
         norm: "pre", or "none" for Eq. 6 and 7 to the letter.
         temperature: Divides the scores in the softmax of Eq. 5, > 0; 1 is the paper's.
         learn_temperature: Train it, from ``temperature`` on.
-        straight_through: In training, pass Eq. 5's gradient to all tokens as if all were curated; the values
-            stay those of the curated ones. As printed, what is not curated gets none.
+        straight_through: In training, give the scores of Eq. 5 the gradient they had if all tokens were
+            curated; the values stay those of the curated ones. As printed, what is not curated gets none.
         divide_by_count: Keep the 1/N_p of Eq. 5.
         mask_softmax: Let the softmax of Eq. 5 see curated tokens only; else all (METRIS Table 8b).
         refine: Include Eq. 6 (step 2; METRIS Table 6a).
@@ -127,10 +127,10 @@ class VisualExpressionExtractor(nn.Module):
         everywhere = dynamic_mask.any(dim=-1, keepdim=True).expand_as(dynamic_mask)
         everywhere = everywhere if visual_mask is None else everywhere & visual_mask[:, None]
         softmax_mask = dynamic_mask if self.mask_softmax else everywhere
-        tokens = self.aggregation(scores, softmax_mask, visual, assume_finite=True)
-        if self.straight_through and self.training:
-            soft = self.aggregation(scores, everywhere, visual, assume_finite=True)
-            tokens = soft + (tokens - soft).detach()
+        gradient_mask = everywhere if self.straight_through and self.training else None
+        tokens = self.aggregation(
+            scores, softmax_mask, visual, gradient_mask=gradient_mask, assume_finite=True
+        )
         if self.refinement is not None:
             tokens = self.refinement(tokens, visual, dynamic_mask, assume_finite=True)
         if self.relationship is not None:

@@ -8,6 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from metris_blocks.ops.absorption import absorbed_attention, absorbs
+from metris_blocks.ops.aggregation import masked_softmax
 from metris_blocks.ops.attention import masked_attention
 from metris_blocks.ops.backends import Backend
 from metris_blocks.ops.shapes import at_least_float32, per_row
@@ -67,11 +68,9 @@ class MultiHeadAttention(nn.Module):
         )
         with torch.autocast(x.device.type, enabled=False):
             logits = query @ key.mT / math.sqrt(query.shape[-1])
-        if mask is None:
-            return logits.softmax(dim=-1)
-        allowed = per_row("attention_map", mask, x.shape[1])[:, None]
-        weights = logits.masked_fill(~allowed, -math.inf).softmax(dim=-1)
-        return torch.where(allowed, weights, 0)
+        return masked_softmax(
+            logits, None if mask is None else per_row("attention_map", mask, x.shape[1])[:, None]
+        )
 
     def _absorbs(self, x: Tensor, context: Tensor) -> bool:
         (l, o), (n, c) = x.shape[1:], context.shape[1:]

@@ -1,6 +1,7 @@
 """The command ``ablate``: the paper's ablation tables, each row trained and scored over several seeds."""
 
 import csv
+import fcntl
 import importlib.util
 import json
 import math
@@ -14,7 +15,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 from reference_model.configs import build, read_yaml, to_yaml
+from reference_model.data.readers import read
 from reference_model.files import InputError, refuse_unwritable, written_whole
 from reference_model.model.build import build_metris
 from reference_model.model.checkpoint import CONFIG
@@ -34,7 +36,7 @@ from reference_model.training.train import train
 FULL = "full"
 """The row that all tables share and the others are compared with: the config as given."""
 COLUMNS = ("mIoU", "oIoU", "P@0.5", "P@0.7", "P@0.9")
-# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond, the normal's, 8 % less.
+# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom.
 _T = (
     12.706,
     4.303,
@@ -142,16 +144,16 @@ class Run(NamedTuple):
     seed: int
     config: TrainConfig
 
-    @property
-    def metrics(self) -> Path:
-        """Where its scores are once it has finished."""
-        return self.config.out / "metrics.json"
+    def beside(self, suffix: str) -> Path:
+        """Name a file beside the run's folder: .yaml its settings, .json its scores, .log what it printed."""
+        return self.config.out.with_suffix(suffix)
 
     def scores(self) -> dict[str, dict[str, float]]:
         """Give its finished scores by split; {} before."""
-        if not self.metrics.exists():
+        if not self.beside(".json").exists():
             return {}
-        return {split: found["METRIS"] for split, found in json.loads(self.metrics.read_text()).items()}
+        found = json.loads(self.beside(".json").read_text(encoding="utf-8"))
+        return {split: by_prediction["METRIS"] for split, by_prediction in found.items()}
 
 
 def ablate(config: AblateConfig) -> list[dict[str, Any]]:
@@ -179,13 +181,23 @@ def ablate(config: AblateConfig) -> list[dict[str, Any]]:
         for seed in range(config.seed, config.seed + config.seeds)
         for row in asked
     ]
-    waiting = [run for run in runs if not _finished(run, config.splits)]
-    _run_all(waiting, config)
+    data = read(config.data)
+    for split in config.splits.split(","):
+        data.records(split)  # a mistyped one is refused now and not after the training
+    failed = _run_all([run for run in runs if not _finished(run, config.splits)], config)
+    # Other rows and seeds that an earlier call finished are part of the table too.
+    seeds = range(config.seed, config.seed + 100)
+    known = [Run(row, s, run_config(config, row, s, table.rows[row])) for row in table.rows for s in seeds]
+    done = [run for run in known if run.beside(".json").exists() and _finished(run, "")]
     split = config.splits.split(",")[0]
-    summary = summarise(runs, split)
-    _write(config, table, runs, summary)
-    shown = {"table": table.title, "split": split, "rows": summary}
-    print(json.dumps(shown, indent=2) if config.json else f"{table.title}, {split}\n\n{markdown(summary)}")
+    summary = summarise(done, split)
+    if summary:
+        _write(config, table, done, summary)
+        shown = {"table": table.title, "split": split, "rows": summary}
+        text = f"{table.title}, {split}\n\n{markdown(summary)}"
+        print(json.dumps(shown, indent=2) if config.json else text)
+    if failed:
+        raise InputError(f"{len(failed)} runs failed, the others are in the table; first {failed[0]}")
     return summary
 
 
@@ -209,39 +221,65 @@ def changed(config: Any, changes: Mapping[str, Any]) -> Any:
 
 def _finished(run: Run, splits: str) -> bool:
     """Tell whether a run needs nothing more; refuse a folder that holds another one."""
-    found = run.config.out.with_suffix(".yaml")
-    if found.exists() and found.read_text(encoding="utf-8") != _settings(run):
-        raise InputError(
-            f"{run.config.out}: holds a run of other settings ({found.name} lists them); choose another --out"
-        )
-    return set(splits.split(",")) <= run.scores().keys()
+    path = run.beside(".yaml")
+    if path.exists():
+        held, asked = (_flat(read_yaml(path, TrainConfig)), _flat(asdict(_settings(run.config))))
+        differing = [
+            f"{key}={held[key]} (asked for {value})"
+            for key, value in asked.items()
+            if key in held and held[key] != value  # keys that are newer than the run had their defaults
+        ]
+        if differing:
+            raise InputError(
+                f"{run.config.out}: holds a run with {', '.join(differing)}; choose another --out"
+            )
+    return {split for split in splits.split(",") if split} <= run.scores().keys()
 
 
-def _settings(run: Run) -> str:
-    """All that the result depends on; threads and places do not."""
-    return to_yaml(replace(run.config, out=Path(run.row), device="auto"))
+def _settings(config: TrainConfig) -> TrainConfig:
+    """Give all that the result depends on; places, processes and what is kept in memory do not count."""
+    data = replace(config.data, root=Path("data"), workers=0)
+    return replace(config, data=data, out=Path("run"), device="auto", cache=False)
 
 
-def _run_all(runs: Sequence[Run], config: AblateConfig) -> None:
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        nested = isinstance(value, Mapping) and value
+        flat |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": str(value)}
+    return flat
+
+
+def _run_all(runs: Sequence[Run], config: AblateConfig) -> list[str]:
+    """Do the runs and give the failures, a line each."""
+    failed: list[str] = []
     threads = max(1, torch.get_num_threads() // config.jobs)
     bar = tqdm(total=len(runs), desc=f"table {config.table}", unit="run", disable=None if runs else True)
     if config.jobs == 1:
         for run in runs:
             bar.set_postfix_str(f"{run.row} seed {run.seed}")
-            _run(run, config.splits, threads)
+            try:
+                _run(run, config.splits, threads)
+            except InputError as error:
+                failed.append(f"{run.row} seed {run.seed}: {error}")
             bar.update()
-        return
+        return failed
     # Spawned rather than forked: this process holds the threads of torch. One run a process frees its memory.
     context = multiprocessing.get_context("spawn")
     options = {"mp_context": context, "max_tasks_per_child": 1, "initializer": _end_with_parent}
     with ProcessPoolExecutor(config.jobs, **options) as pool:
         try:
-            for done in as_completed([pool.submit(_run, run, config.splits, threads) for run in runs]):
-                done.result()
+            waiting = {pool.submit(_run, run, config.splits, threads): run for run in runs}
+            for done in as_completed(waiting):
+                try:
+                    done.result()
+                except InputError as error:
+                    failed.append(f"{waiting[done].row} seed {waiting[done].seed}: {error}")
                 bar.update()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+    return failed
 
 
 def _end_with_parent() -> None:
@@ -260,26 +298,38 @@ def _run(run: Run, splits: str, threads: int) -> None:
     torch.set_num_threads(threads)
     folder = run.config.out
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_suffix(".log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
-        if not run.metrics.exists():
-            shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
-            with written_whole(folder.with_suffix(".yaml")) as path:
-                path.write_text(_settings(run), encoding="utf-8")
-            train(run.config)
-        batch = 2 * run.config.batch_size
-        config = EvaluateConfig(folder, run.config.data, splits, batch_size=batch, device=run.config.device)
-        evaluate(config)
+    with run.beside(".log").open("a") as log:
+        try:
+            # Tables share rows: another command may be at this very run.
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"{folder}: another metris ablate is training it; wait for that one") from error
+        with redirect_stdout(log), redirect_stderr(log):
+            before = run.scores()
+            if not before:
+                shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
+                with written_whole(run.beside(".yaml")) as path:
+                    path.write_text(to_yaml(_settings(run.config)), encoding="utf-8")
+                train(run.config)
+            splits = ",".join(dict.fromkeys([*before, *splits.split(",")]))  # one file has them all
+            batch, scores = 2 * run.config.batch_size, run.beside(".json")
+            device = run.config.device
+            evaluate(
+                EvaluateConfig(folder, run.config.data, splits, batch_size=batch, out=scores, device=device)
+            )
 
 
 # ---------------------------------------------------------------------------------------------- the results
 
 
-def interval(values: Sequence[float]) -> float:
-    """Half the width of the 95 % interval of the mean (Student's t); nan for fewer than two values."""
+def interval(values: Sequence[float]) -> float | None:
+    """Half the width of the 95 % interval of the mean (Student's t); None for fewer than two values."""
     k = len(values)
     if k < 2:
-        return math.nan
-    return (_T[k - 2] if k - 2 < len(_T) else 1.96) * statistics.stdev(values) / math.sqrt(k)
+        return None
+    # Beyond the table, the first terms of the quantile's expansion: right to 0.001.
+    t = _T[k - 2] if k - 2 < len(_T) else 1.96 + 2.372 / (k - 1) + 2.82 / (k - 1) ** 2
+    return t * statistics.stdev(values) / math.sqrt(k)
 
 
 def summarise(runs: Sequence[Run], split: str) -> list[dict[str, Any]]:
@@ -325,9 +375,9 @@ def markdown(summary: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _with_interval(mean: float, half: float, sign: str = "") -> str:
+def _with_interval(mean: float, half: float | None, sign: str = "") -> str:
     shown = f"{100 * mean:{sign}.2f}"
-    return shown if math.isnan(half) else f"{shown} ± {100 * half:.2f}"
+    return shown if half is None else f"{shown} ± {100 * half:.2f}"
 
 
 def _write(config: AblateConfig, table: Table, runs: Sequence[Run], summary: Sequence[Mapping]) -> None:
@@ -360,7 +410,7 @@ def draw(title: str, split: str, summary: Sequence[Mapping[str, Any]], path: Pat
     figure, axes = plt.subplots(figsize=(6, 0.8 + 0.4 * len(summary)), layout="constrained")
     names = [row["row"] for row in summary]
     means = [100 * row["mIoU"] for row in summary]
-    halves = [0 if math.isnan(row["mIoU_95"]) else 100 * row["mIoU_95"] for row in summary]
+    halves = [100 * (row["mIoU_95"] or 0) for row in summary]
     if all(found := [re.fullmatch(r"ratio_(\d\.\d)", name) for name in names]):
         axes.errorbar([float(match[1]) for match in found], means, halves, fmt="o-", capsize=3)
         axes.set(

@@ -151,5 +151,7 @@ def _matched(
         usual, thin, thick = (
             size(enhance(depth=1, **(layer | {"mlp_ratio": ratio}))) for ratio in (config.mlp_ratio, 1, 2)
         )
-    depth = max(1, round(wanted / usual))
+    depth = round(wanted / usual)
+    if depth == 0:
+        return 0, config.mlp_ratio
     return depth, 1 + (wanted / depth - thin) / (thick - thin)

@@ -1,6 +1,5 @@
 """The model card: what a shared model is, what it learned from, how well it does and what it is not for."""
 
-import json
 import math
 from dataclasses import fields
 from pathlib import Path
@@ -20,12 +19,13 @@ def model_card(model: METRIS, name: str, run: dict[str, Any], metrics: dict[str,
     Args:
         model: With its config.
         name: What `METRIS.from_pretrained` finds it by.
-        run: Settings of its training, such as ``data`` and ``batch_size``; empty where nothing is known.
+        run: Settings of its training, such as ``data`` and ``batch_size``, and under ``generated`` those of a
+            data set that `metris generate` made; empty where nothing is known.
         metrics: {split: {prediction: {metric: fraction, or whole number}}}, what ``evaluate`` writes; may be
             empty.
     """
     data = run.get("data") or {}
-    generated = _generated(data)
+    generated = run.get("generated") or {}
     dataset, by = data.get("dataset"), data.get("split_by")
     scores = [
         EvalResult(
@@ -168,14 +168,3 @@ def _shown(value: Any) -> str:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _generated(data: dict[str, Any]) -> dict[str, Any]:
-    """Give the settings of a data set that `metris generate` made; empty for others, and where it is gone."""
-    if data.get("root") is None:
-        return {}
-    try:
-        settings = json.loads((Path(data["root"]) / "generated.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return settings if isinstance(settings, dict) and "scenes" in settings else {}

@@ -19,6 +19,8 @@ from reference_model.model.metris import METRIS
 from reference_model.model.text_encoder import load_tokenizer
 
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.yaml", "tokenizer"
+GENERATED = "generated.json"
+"""In a checkpoint trained on what `metris generate` made: the settings of that, as beside the data."""
 
 RENAMED = {
     "enhancer.": "guidance.enhancer.",

@@ -76,7 +76,7 @@ class ModelConfig:
     learn_aggregation_temperature: bool = False
     """Train that divisor, from aggregation_temperature on."""
     straight_through: bool = False
-    """In training, let Eq. 5's gradient reach all visual tokens and not only the curated ones."""
+    """In training, let Eq. 5's gradient reach the scores of all visual tokens, not of curated ones only."""
     divide_by_count: bool = True
     """Keep the 1/N_p of Eq. 5."""
     decoder_dim: int | list[int] = 768

@@ -69,6 +69,9 @@ class MetrisLoss(nn.Module):
     def _contrastive(self, output: MetrisOutput, target: Tensor, language_mask: Tensor) -> Tensor:
         if output.scores is None:
             return target.new_zeros(())
+        h, w = target.shape[1:]
+        # Cells beyond the image, where the encoder pads it, hold nothing of the target.
+        target = F.pad(target, (0, output.extent[1] - w, 0, output.extent[0] - h))
         if self.contrastive_rows == "global":
             return self.contrastive(output.scores[:, 0], target, grid=output.grid)
         l, n = output.scores.shape[1:]

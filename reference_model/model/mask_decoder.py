@@ -18,7 +18,7 @@ class Fusion(nn.Sequential):
     def __init__(self, channels: int, coarser_dim: int, dim: int) -> None:
         # GroupNorm and not the peers' BatchNorm: small batches break that (LAVT#10), and an image's logits
         # should not depend on what else is in its batch.
-        groups = math.gcd(32, max(1, dim // 8))  # of at least 8 channels each
+        groups = math.gcd(32, max(1, dim // 8), dim)  # of at least 8 channels each
         super().__init__(
             nn.Conv2d(channels + coarser_dim, dim, 3, padding=1, bias=False),
             nn.GroupNorm(groups, dim),

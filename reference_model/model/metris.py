@@ -44,6 +44,8 @@ class MetrisOutput(NamedTuple):
     """(b, l, n) bool; True = curated. None with ``scores``."""
     grid: tuple[int, int]
     """Rows and columns of the n visual tokens."""
+    extent: tuple[int, int]
+    """Height and width that they cover, pixels; more than the image's where the encoder pads it."""
     no_target: Tensor | None
     """(b) logits of the no-target classifier; > 0 is "nothing in the image". None without one."""
     maps: list[Tensor] | None
@@ -174,7 +176,8 @@ class METRIS(nn.Module):
         logits = self.decoder(features.maps, guidance.tokens, guidance.mask, maps=maps)
         logits = self._at_image_size(logits, features.size)
         no_target = None if self.no_target is None else self.no_target(guidance)
-        return MetrisOutput(logits, guidance.scores, guidance.dynamic_mask, grid, no_target, maps)
+        extent = self._extent(grid, features.size, stage=-1)
+        return MetrisOutput(logits, guidance.scores, guidance.dynamic_mask, grid, extent, no_target, maps)
 
     def forward(
         self,
@@ -194,10 +197,14 @@ class METRIS(nn.Module):
 
         Cells that reach beyond the image, as encoders that pad right and bottom have, are cut there.
         """
-        stride = self.image_encoder.strides[0]
-        whole = [max(cells * stride, side) for cells, side in zip(logits.shape[1:], size, strict=True)]
+        whole = self._extent(logits.shape[1:], size, stage=0)
         logits = F.interpolate(logits[:, None], whole, mode="bilinear", align_corners=False)
         return logits[:, 0, : size[0], : size[1]]
+
+    def _extent(self, grid: Sequence[int], size: tuple[int, int], *, stage: int) -> tuple[int, int]:
+        """Give the pixels that a map of ``grid`` cells covers, at least those of the image."""
+        stride = self.image_encoder.strides[stage]
+        return max(grid[0] * stride, size[0]), max(grid[1] * stride, size[1])
 
     def _cue_mask(self, token_ids: Tensor, language_mask: Tensor) -> Tensor | None:
         """Mark the expression tokens that get a visual expression token; None: all real ones."""

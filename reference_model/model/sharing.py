@@ -25,6 +25,7 @@ from reference_model.files import InputError, written_whole
 from reference_model.model.card import LIBRARY, model_card
 from reference_model.model.checkpoint import (
     CONFIG,
+    GENERATED,
     TOKENIZER,
     WEIGHTS,
     load_checkpoint,
@@ -39,7 +40,7 @@ from reference_model.model.metris import METRIS
 METRICS, CARD = "metrics.json", "README.md"
 
 # By their full endings: what is fetched can hold no pickle and no code.
-FETCHED = [WEIGHTS, CONFIG, f"{TOKENIZER}/*.json", f"{TOKENIZER}/*.txt", METRICS, CARD]
+FETCHED = [WEIGHTS, CONFIG, f"{TOKENIZER}/*.json", f"{TOKENIZER}/*.txt", METRICS, CARD, GENERATED]
 
 
 def share(config: PushConfig) -> str:
@@ -115,6 +116,7 @@ def push(
         InputError: The model has no tokenizer, or the Hub refuses or cannot be reached.
     """
     _refuse_incomplete(model, "push_to_hub")
+    _history(model)  # refuses broken scores before a repository is made
     with tempfile.TemporaryDirectory() as room:
         try:
             api = huggingface_hub.HfApi(token=token, library_name=LIBRARY)
@@ -133,7 +135,7 @@ def push(
                 folder_path=folder,
                 commit_message=commit_message,
                 # Of an earlier push: scores and words that are not this model's.
-                delete_patterns=[METRICS, f"{TOKENIZER}/*"],
+                delete_patterns=[METRICS, GENERATED, f"{TOKENIZER}/*"],
             )
         except Exception as error:
             raise InputError(f"push to {repo_id}: {_refusal(error)}") from error
@@ -158,15 +160,17 @@ def save(model: METRIS, folder: Path, *, name: str | None = None) -> None:
     folder = folder.resolve()
     # It is replaced as one piece: what else lies in it would be lost.
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if other := sorted(there - {CONFIG, WEIGHTS, TOKENIZER, METRICS, CARD}):
+    if other := sorted(there - {CONFIG, WEIGHTS, TOKENIZER, METRICS, CARD, GENERATED}):
         raise InputError(f"{folder}: holds {other[0]}, which is no part of a checkpoint; give a new folder")
     run, metrics = _history(model)
-    started_from = run.pop("model", {})
+    started_from, generated = run.pop("model", {}), run.get("generated")
     config = to_yaml(replace(model.config, **started_from))
     public = _without_places({**run, "model": yaml.safe_load(config)})
     with written_whole(folder) as fresh:
         start_checkpoint(fresh, yaml.safe_dump(public, sort_keys=False, allow_unicode=True), model.tokenizer)
         save_weights(fresh, model)
+        if generated:
+            (fresh / GENERATED).write_text(json.dumps(generated) + "\n", encoding="utf-8")
         if metrics:
             (fresh / METRICS).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
         card = model_card(model, name or folder.name, run, metrics)
@@ -184,6 +188,8 @@ def _history(model: METRIS) -> tuple[dict[str, Any], dict[str, Any]]:
     run = yaml.safe_load((model.source / CONFIG).read_text(encoding="utf-8"))
     started_from = ("pretrained", "image_weights", "text_weights")
     run["model"] = {key: written[key] for key in started_from if written.get(key) is not None}
+    if (model.source / GENERATED).is_file():
+        run["generated"] = json.loads((model.source / GENERATED).read_text(encoding="utf-8"))
     path = model.source / METRICS
     if not path.is_file():
         return run, {}
@@ -218,7 +224,7 @@ def _without_places(run: dict[str, Any]) -> dict[str, Any]:
             return {key: cut(item) for key, item in value.items()}
         return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
-    run = {key: cut(value) for key, value in run.items() if key != "out"}
+    run = {key: cut(value) for key, value in run.items() if key not in ("out", "generated")}
     if isinstance(run.get("data"), dict):
         run["data"].pop("root", None)
     return run

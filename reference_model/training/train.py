@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -18,9 +19,9 @@ from reference_model.configs import to_yaml
 from reference_model.data.collate import Batch, Collate, ReferringDataset, report_overlong
 from reference_model.data.readers import read
 from reference_model.data.records import Record
-from reference_model.files import InputError
+from reference_model.files import InputError, written_whole
 from reference_model.model.build import build_metris
-from reference_model.model.checkpoint import WEIGHTS, pick_device, save_weights, start_checkpoint
+from reference_model.model.checkpoint import GENERATED, WEIGHTS, pick_device, save_weights, start_checkpoint
 from reference_model.model.config import ModelConfig
 from reference_model.model.loss import MetrisLoss
 from reference_model.model.text_encoder import article_ids, build_tokenizer, load_tokenizer
@@ -94,6 +95,9 @@ def train(config: TrainConfig) -> Path:
     )
     report_overlong(tokenizer, records, model_config.max_tokens)
     start_checkpoint(config.out, to_yaml(replace(config, model=model_config)), tokenizer)
+    if (config.data.root / GENERATED).is_file():
+        with written_whole(config.out / GENERATED) as path:
+            shutil.copyfile(config.data.root / GENERATED, path)
 
     # Loop
     best_scores: dict[str, float] = {}

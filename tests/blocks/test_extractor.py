@@ -105,20 +105,40 @@ def test_cues_alone_get_tokens_and_all_words_get_scores():
     assert out.tokens[cues].abs().amax(dim=-1).gt(0).all()
 
 
-def test_straight_through_changes_no_value_and_reaches_every_visual_token():
-    (visual, language), results = inputs(0, 2, 3, 20), {}
+def test_straight_through_changes_no_value_and_the_gradient_of_the_scores_alone():
+    visual, language = inputs(0, 2, 3, 20)
+    options, results = {"refine": False, "relate": False}, {}
     for straight in (False, True):
-        extractor = block(straight_through=straight, refine=False, relate=False).train()
+        extractor = block(straight_through=straight, **options).train()
         leaf = visual.clone().requires_grad_()
         out = extractor(leaf, language)
-        # What moves the scores alone: the gradient of the aggregate by a visual token's relevance.
-        (gradient,) = torch.autograd.grad(out.tokens.square().sum(), leaf)
-        results[straight] = out, gradient.abs().sum(dim=-1)
-    (plain, plain_grad), (soft, soft_grad) = results[False], results[True]
+        # Scores as a leaf: what an uncurated token's relevance would change.
+        scores = out.scores.detach().requires_grad_()
+        everywhere = torch.ones_like(out.dynamic_mask)
+        tokens = extractor.aggregation(
+            scores, out.dynamic_mask, visual, gradient_mask=everywhere if straight else None
+        )
+        (by_score,) = torch.autograd.grad(tokens.square().sum(), scores)
+        by_rest = torch.autograd.grad(
+            extractor.aggregation(
+                scores.detach(), out.dynamic_mask, leaf, gradient_mask=everywhere if straight else None
+            ).square().sum(),
+            [leaf, extractor.aggregation.proj.weight],
+        )  # fmt: skip
+        results[straight] = out, tokens, by_score, by_rest
+    (plain, hard, plain_score, plain_rest), (soft, same, soft_score, soft_rest) = (
+        results[False],
+        results[True],
+    )
     assert_equal(soft.tokens, plain.tokens)
-    assert soft.dynamic_mask.equal(plain.dynamic_mask)
-    assert plain_grad[~plain.dynamic_mask.any(dim=1)].eq(0).all()
-    assert soft_grad.gt(0).all()
+    assert_equal(same, hard)
+    assert plain_score[~plain.dynamic_mask].eq(0).all() and soft_score[~plain.dynamic_mask].ne(0).all()
+    for one, other in zip(plain_rest, soft_rest, strict=True):
+        assert_equal(other, one)
+    # As if all were curated, at the values of the curated ones.
+    leaf = plain.scores.detach().requires_grad_()
+    all_curated = block(**options).aggregation(leaf, torch.ones_like(plain.dynamic_mask), visual)
+    assert_equal(torch.autograd.grad(all_curated, leaf, 2 * hard)[0], soft_score)
     assert_equal(
         block(straight_through=True).eval()(visual, language).tokens, block()(visual, language).tokens
     )
@@ -127,7 +147,7 @@ def test_straight_through_changes_no_value_and_reaches_every_visual_token():
 def test_learned_temperature_starts_where_it_is_told_and_moves():
     visual, language = inputs(0, 2, 3, 9)
     learned = block(temperature=0.2, learn_temperature=True)
-    start = float(learned.aggregation.log_temperature.exp())
+    start = learned.aggregation.log_temperature.exp().item()
     assert abs(start - 0.2) < 1e-7, "stored in float32"
     assert_equal(learned(visual, language).tokens, block(temperature=start)(visual, language).tokens)
     learned(visual, language).tokens.square().sum().backward()

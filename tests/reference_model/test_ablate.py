@@ -1,8 +1,10 @@
 """`metris ablate`: which runs it makes, that it goes on where it was, and what it makes of their scores."""
 
 import csv
+import fcntl
 import json
 import math
+import statistics
 from dataclasses import replace
 
 import pytest
@@ -34,9 +36,9 @@ def config(scenes, small, tmp_path) -> AblateConfig:
 
 def scored(folder, value):
     """Pretend that a run has finished."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     scores = {name: value for name in command.COLUMNS} | {"count": 3}
-    (folder / "metrics.json").write_text(json.dumps({"val": {"METRIS": scores}}))
+    folder.with_suffix(".json").write_text(json.dumps({"val": {"METRIS": scores}}))
 
 
 # ------------------------------------------------------------------------------------------------- the tables
@@ -75,7 +77,7 @@ def test_table_is_trained_scored_and_written(config, capsys):
     assert {(run["row"], run["seed"]) for run in runs} == {(row, s) for row in TABLES["8"].rows for s in "01"}
     for run in runs:
         folder = config.out / run["row"] / f"seed{run['seed']}"
-        found = json.loads((folder / "metrics.json").read_text())["val"]["METRIS"]
+        found = json.loads(folder.with_suffix(".json").read_text())["val"]["METRIS"]
         assert float(run["mIoU"]) == found["mIoU"]
     for row in TABLES["8"].rows:
         assert f"| {row} | 2 |" in shown and f"| {row} | 2 |" in (config.out / "table-8.md").read_text()
@@ -102,11 +104,7 @@ def test_finished_runs_are_skipped_and_interrupted_ones_begun_anew(config, monke
     monkeypatch.undo()
     trained = []
     monkeypatch.setattr(command, "train", lambda run: trained.append(run.out) or run.out.mkdir(parents=True))
-    monkeypatch.setattr(
-        command, "evaluate", lambda given: (given.checkpoint / "metrics.json").write_text(
-            json.dumps({"val": {"METRIS": dict.fromkeys([*command.COLUMNS, "count"], 0.5)}})
-        )
-    )  # fmt: skip
+    monkeypatch.setattr(command, "evaluate", lambda given: scored(given.checkpoint, 0.5))
     monkeypatch.setattr(command, "_parameters", lambda run: 1)
     command.ablate(config)
     names = [(folder.parent.name, int(folder.name[4:])) for folder in trained]
@@ -118,24 +116,58 @@ def test_other_splits_are_scored_without_training(config, monkeypatch):
     config = replace(config, rows=FULL, seeds=1)
     run = Run(FULL, 0, run_config(config, FULL, 0, {}))
     scored(run.config.out, 0.5)
-    run.config.out.with_suffix(".yaml").write_text(command._settings(run))
     evaluated = []
     monkeypatch.setattr(command, "train", lambda _: pytest.fail("was trained already"))
-    monkeypatch.setattr(command, "evaluate", lambda given: evaluated.append(given.splits))
+    monkeypatch.setattr(command, "evaluate", lambda given: evaluated.append((given.splits, given.out)))
     monkeypatch.setattr(command, "_parameters", lambda run: 1)
     command.ablate(replace(config, splits="val,testA"))
-    assert evaluated == ["val,testA"]
+    assert evaluated == [("val,testA", run.beside(".json"))]
 
 
 def test_run_of_other_settings_is_refused(config, monkeypatch):
-    monkeypatch.setattr(command, "_run", lambda run, splits, threads: (
-        scored(run.config.out, 0.5), run.config.out.with_suffix(".yaml").write_text(command._settings(run))
-    ))  # fmt: skip
+    monkeypatch.setattr(command, "train", lambda run: run.out.mkdir())
+    monkeypatch.setattr(command, "evaluate", lambda given: scored(given.checkpoint, 0.5))
     monkeypatch.setattr(command, "_parameters", lambda run: 1)
     command.ablate(config)
-    command.ablate(config)
-    with pytest.raises(InputError, match="holds a run of other settings"):
+    monkeypatch.setattr(command, "train", lambda _: pytest.fail("was trained already"))
+    elsewhere = replace(config.data, root=config.data.root.parent / "data", workers=1)
+    command.ablate(replace(config, data=elsewhere, cache=True, jobs=1))
+    with pytest.raises(InputError, match=r"holds a run with learning_rate=0\.001 \(asked for 0\.002\)"):
         command.ablate(replace(config, learning_rate=2e-3))
+    with pytest.raises(InputError, match=r"holds a run with model\.joint_dim=12 \(asked for 13\)"):
+        command.ablate(replace(config, model=replace(config.model, joint_dim=13)))
+
+
+def test_failed_run_is_named_and_the_others_are_in_the_table(config, monkeypatch, capsys):
+    def fail(run):
+        if run.contrastive_weight == 0:
+            raise InputError("step 3: loss is nan")
+        run.out.mkdir()
+
+    monkeypatch.setattr(command, "train", fail)
+    monkeypatch.setattr(command, "evaluate", lambda given: scored(given.checkpoint, 0.5))
+    monkeypatch.setattr(command, "_parameters", lambda run: 1)
+    with pytest.raises(InputError, match=r"2 runs failed, .* no_contrastive_loss seed 0: step 3"):
+        command.ablate(config)
+    assert "| full | 2 |" in capsys.readouterr().out
+    assert "no_contrastive_loss" not in (config.out / "table-8.md").read_text()
+
+
+def test_part_of_a_table_does_not_make_it_smaller(config, monkeypatch):
+    monkeypatch.setattr(command, "train", lambda run: run.out.mkdir())
+    monkeypatch.setattr(command, "evaluate", lambda given: scored(given.checkpoint, 0.5))
+    monkeypatch.setattr(command, "_parameters", lambda run: 1)
+    whole = command.ablate(config)
+    assert command.ablate(replace(config, rows=FULL, seeds=1)) == whole
+
+
+def test_run_that_another_command_is_at_is_refused(config):
+    run = Run(FULL, 0, run_config(config, FULL, 0, {}))
+    run.config.out.mkdir(parents=True)
+    with run.beside(".log").open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match=r"1 runs failed, .* another metris ablate is training it"):
+            command.ablate(replace(config, rows=FULL, seeds=1))
 
 
 def test_jobs_share_the_runs_and_give_the_same_scores(config):
@@ -153,7 +185,12 @@ def test_jobs_share_the_runs_and_give_the_same_scores(config):
 def test_interval_is_students():
     # Student's own: for the values 1, 2, 3 the mean is 2 ± 4.303 / √3.
     assert math.isclose(interval([1.0, 2.0, 3.0]), 4.303 / math.sqrt(3))
-    assert math.isnan(interval([1.0]))
+    assert interval([1.0]) is None
+    # From tables of t: 2.042 for 30 degrees of freedom, 1.984 for 100.
+    for freedom, t in ((30, 2.042), (100, 1.984)):
+        values = [float(i % 2) for i in range(freedom + 1)]
+        half = t * statistics.stdev(values) / math.sqrt(freedom + 1)
+        assert math.isclose(interval(values), half, rel_tol=1e-3)
     assert interval([2.0, 2.0]) == 0
 
 
@@ -186,6 +223,7 @@ def test_preset_and_options_reach_every_run():
     [
         (["--table", "7"], "table 7: unknown; there are 5, 6, fig6, 8,"),
         (["--rows", "nothing"], "rows: table 5 has no nothing; there are pure_le, enhanced_le"),
+        (["--splits", "val,tset"], "tset"),
         (["--seeds", "0"], "seeds: must be in [1, 100], got 0"),
         (["--jobs", "0"], "jobs: must be in [1, 256], got 0"),
         (["--out", "/proc/none"], "/proc/none"),

@@ -35,7 +35,7 @@ METRICS = {
     "testA": {"METRIS": {"mIoU": 0.75, "oIoU": float("nan"), "P@0.5": 0.5, "count": 3}},
 }
 PARTS = {"model.safetensors", "config.yaml", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"}
-KNOWN = PARTS | {"metrics.json", "README.md"}
+KNOWN = PARTS | {"metrics.json", "README.md", "generated.json"}
 
 
 @pytest.fixture(scope="session")
@@ -48,6 +48,7 @@ def finished(small, scenes, tmp_path_factory) -> Path:
     save_weights(folder, build_metris(small))
     (folder / "metrics.json").write_text(json.dumps(METRICS))
     (folder / "log.jsonl").write_text("{}\n")
+    shutil.copyfile(scenes / "generated.json", folder / "generated.json")
     return folder
 
 
@@ -431,11 +432,17 @@ def test_card_says_that_generated_scenes_are_not_refcoco(run, scenes, tmp_path):
     card = ModelCard.load(tmp_path / "shared" / "README.md")
     assert card.data.datasets is None and {r.dataset_type for r in card.data.eval_results} == {"generated"}
     assert f"| generated, `train` | {generated['train']} |" in card.text and "Procedural scenes" in card.text
+    # Saved once more, far from the data: still not RefCOCO.
+    METRIS.from_pretrained(tmp_path / "shared").save_pretrained(tmp_path / "again")
+    again = ModelCard((tmp_path / "again" / "README.md").read_text())
+    assert again.data.datasets is None
+    assert {r.dataset_type for r in again.data.eval_results} == {"generated"}
     assert "| `steps` | 4 |" in card.text and "| `batch_size` | 9 |" in card.text
     # Elsewhere, or of a real data set: what the config says.
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["data"] |= {"root": str(tmp_path / "REFER"), "dataset": "refcoco+"}
     (run / "config.yaml").write_text(yaml.safe_dump(config))
+    (run / "generated.json").unlink()
     METRIS.from_pretrained(run).save_pretrained(tmp_path / "other")
     card = ModelCard.load(tmp_path / "other" / "README.md")
     assert card.data.datasets == ["refcoco+"] and card.data.eval_results[0].dataset_name == "refcoco+ (unc)"
