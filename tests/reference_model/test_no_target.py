@@ -97,7 +97,7 @@ def test_loss_of_the_classifier_trains_what_makes_the_guidance_tokens(model):
 
 def output_of(no_target, logits=None):
     logits = torch.full((len(no_target), 4, 4), 3.0) if logits is None else logits
-    return MetrisOutput(logits, None, None, (1, 1), torch.tensor(no_target), None)
+    return MetrisOutput(logits, None, None, (1, 1), (1, 1), torch.tensor(no_target), None)
 
 
 @given(
@@ -119,7 +119,7 @@ def test_logit_of_zero_is_a_target_at_the_usual_threshold():
 
 def test_model_without_classifier_empties_no_mask():
     logits = torch.randn(2, 4, 4)
-    output = MetrisOutput(logits, None, None, (1, 1), None, None)
+    output = MetrisOutput(logits, None, None, (1, 1), (1, 1), None, None)
     found = predictions(output, [(7, 9), (3, 2)], threshold=0.3, no_target_threshold=0.01)
     for prediction, row, (height, width) in zip(found, logits, [(7, 9), (3, 2)]):
         assert prediction.no_target is None
