@@ -45,7 +45,7 @@ def measured(row, build, model, image, token_ids, real) -> None:
 @pytest.mark.benchmark(group="metris: one sentence")
 @rows("literal", "auto", sizes=[Size(PRESET, 1, N, C)])
 def bench_metris(row, device, size, dtype):
-    """ "literal" is eager attention over projected keys and values in every block."""
+    """The literal way is eager attention over projected keys and values, in every block."""
     model, image, token_ids, real = drawn(device, dtype, 1)
 
     def build(model):
@@ -61,7 +61,7 @@ def bench_metris(row, device, size, dtype):
 @pytest.mark.benchmark(group="metris: several sentences on one image")
 @rows("literal", "auto", sizes=[Size(PRESET, SENTENCES, N, C)])
 def bench_expressions(row, device, size, dtype):
-    """ "literal" runs the image encoder for every sentence, as the peers do; "auto" once."""
+    """The literal way runs the image encoder for every sentence, as the peers do; "auto" once."""
     model, image, token_ids, real = drawn(device, dtype, SENTENCES)
 
     def build(model):

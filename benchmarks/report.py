@@ -56,6 +56,11 @@ def measured(result: dict, **where: object) -> list[dict]:
     ]
 
 
+def dtype_of(result: dict) -> str:
+    """Give the dtype to show: what a GPU would be used with, where it was measured."""
+    return "bfloat16" if measured(result, dtype="bfloat16") else "float32"
+
+
 def coarsest(result: dict, stem: str, **where: object) -> list[dict]:
     """Give a stem's rows at its fewest visual tokens (stage 4) and the largest batch measured there."""
     ours = measured(result, stem=stem, provider="auto")
@@ -65,7 +70,7 @@ def coarsest(result: dict, stem: str, **where: object) -> list[dict]:
 
 def table(result: dict) -> str:
     """Write one device's rows at 480 px, stage 4: milliseconds, and time as a share of the alternatives'."""
-    dtype = "float32" if not measured(result, dtype="bfloat16") else "bfloat16"
+    dtype = dtype_of(result)
     lines = [
         f"{result['device']}, {dtype}; 480 px stage 4 (n = 225, c = 1024), l = 21. Below 1 is faster.",
         f"The last three are {_model(result)}: one sentence, five about one image, and the loss of five.",
@@ -128,7 +133,7 @@ def _speed_ups(axes, result):
         times = {
             stem: 1 / ratio(row, "literal")
             for stem in STEMS
-            for row in coarsest(result, stem, provider=provider, mode="forward")
+            for row in coarsest(result, stem, provider=provider, mode="forward", dtype=dtype_of(result))
             if ratio(row, "literal")
         }
         if times:

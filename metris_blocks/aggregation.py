@@ -1,6 +1,7 @@
 """Aggregation block: curated visual tokens -> one visual token per expression token."""
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -68,25 +69,20 @@ class MaskedSoftmaxAggregation(nn.Module):
         Returns:
             (b, l, d).
         """
-        if gradient_mask is None:
-            aggregated = self._aggregated(scores, dynamic_mask, visual, assume_finite)
-        else:
-            soft = self._aggregated(scores, gradient_mask, visual.detach(), assume_finite)
-            aggregated = self._aggregated(scores.detach(), dynamic_mask, visual, assume_finite)
-            aggregated = aggregated + (soft - soft.detach())
-        out: Tensor = self.proj(aggregated)
-        return out
-
-    def _aggregated(self, scores: Tensor, mask: Tensor, visual: Tensor, assume_finite: bool) -> Tensor:
         temperature = self.temperature
         if self.log_temperature is not None:
             scores, temperature = scores / self.log_temperature.exp(), 1.0
-        return masked_softmax_aggregation(
-            scores,
-            mask,
-            visual,
+        aggregate = partial(
+            masked_softmax_aggregation,
             temperature=temperature,
             divide_by_count=self.divide_by_count,
             assume_finite=assume_finite,
             backend=self.backend,
         )
+        if gradient_mask is None:
+            aggregated = aggregate(scores, dynamic_mask, visual)
+        else:
+            soft = aggregate(scores, gradient_mask, visual.detach())
+            aggregated = aggregate(scores.detach(), dynamic_mask, visual) + (soft - soft.detach())
+        out: Tensor = self.proj(aggregated)
+        return out

@@ -124,10 +124,12 @@ class VisualExpressionExtractor(nn.Module):
         # Padding is all that may hold NaN: hidden once, here, and not again in every block.
         if visual_mask is not None:
             (visual,) = zero_unless_any(visual_mask, visual)
-        everywhere = dynamic_mask.any(dim=-1, keepdim=True).expand_as(dynamic_mask)
-        everywhere = everywhere if visual_mask is None else everywhere & visual_mask[:, None]
-        softmax_mask = dynamic_mask if self.mask_softmax else everywhere
-        gradient_mask = everywhere if self.straight_through and self.training else None
+        softmax_mask, gradient_mask = dynamic_mask, None
+        if not self.mask_softmax or self.straight_through:
+            everywhere = dynamic_mask.any(dim=-1, keepdim=True).expand_as(dynamic_mask)
+            everywhere = everywhere if visual_mask is None else everywhere & visual_mask[:, None]
+            softmax_mask = dynamic_mask if self.mask_softmax else everywhere
+            gradient_mask = everywhere if self.straight_through and self.training else None
         tokens = self.aggregation(
             scores, softmax_mask, visual, gradient_mask=gradient_mask, assume_finite=True
         )

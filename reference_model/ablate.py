@@ -38,22 +38,8 @@ FULL = "full"
 COLUMNS = ("mIoU", "oIoU", "P@0.5", "P@0.7", "P@0.9")
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom.
 _T = (
-    12.706,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-    2.228,
-    2.201,
-    2.179,
-    2.160,
-    2.145,
-    2.131,
-)
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131
+)  # fmt: skip
 
 
 class Table(NamedTuple):
@@ -109,6 +95,7 @@ TABLES = {
                 **{
                     "model.aggregation_temperature": 1.0,
                     "model.divide_by_count": True,
+                    "model.norm": "none",
                     "contrastive_weight": 0.1,
                 }
             ),
@@ -116,6 +103,9 @@ TABLES = {
             "ve_temperature_1": _alone(**{"model.aggregation_temperature": 1.0}),
             "ve_temperature_0.02": _alone(**{"model.aggregation_temperature": 0.02}),
             "ve_temperature_learned": _alone(**{"model.learn_aggregation_temperature": True}),
+            "ve_temperature_shared": _alone(
+                **{"model.learn_aggregation_temperature": True}, share_temperature=True
+            ),
             "ve_straight_through": _alone(**{"model.straight_through": True}),
             "ve_contrastive_0.1": _alone(contrastive_weight=0.1),
             "ve_contrastive_3": _alone(contrastive_weight=3.0),
@@ -223,11 +213,14 @@ def _finished(run: Run, splits: str) -> bool:
     """Tell whether a run needs nothing more; refuse a folder that holds another one."""
     path = run.beside(".yaml")
     if path.exists():
-        held, asked = (_flat(read_yaml(path, TrainConfig)), _flat(asdict(_settings(run.config))))
+        # What is newer than the run had its default then.
+        before = build(TrainConfig, read_yaml(path, TrainConfig), source=str(path))
+        held, asked = (_flat(asdict(settings)) for settings in (before, _settings(run.config)))
+        keys = sorted({*held, *asked})
         differing = [
-            f"{key}={held[key]} (asked for {value})"
-            for key, value in asked.items()
-            if key in held and held[key] != value  # keys that are newer than the run had their defaults
+            f"{key}={held.get(key)} (asked for {asked.get(key)})"
+            for key in keys
+            if held.get(key) != asked.get(key)
         ]
         if differing:
             raise InputError(

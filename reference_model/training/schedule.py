@@ -7,7 +7,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 def adamw(modules: list[nn.Module], *, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW over all parameters; biases, norms and scalars are not decayed."""
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    # In one list, a parameter that two modules share is there once.
+    parameters = [p for p in nn.ModuleList(modules).parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},

@@ -81,6 +81,15 @@ def train(config: TrainConfig) -> Path:
         contrastive_rows=config.contrastive_rows,
         no_target_weight=config.no_target_weight,
     ).to(device)
+    if config.share_temperature:
+        extractor = model.guidance.extractor
+        shared = None if extractor is None else extractor.aggregation.log_temperature
+        if shared is None:
+            raise InputError(
+                "share_temperature: the model learns no temperature of Eq. 5 to share; set "
+                "model.learn_aggregation_temperature=true and a model.guidance with ve"
+            )
+        loss.contrastive.log_temperature = shared
     optimiser = adamw([model, loss], learning_rate=config.learning_rate, weight_decay=config.weight_decay)
     schedule = polynomial_decay(
         optimiser, steps=steps, power=config.poly_power, warmup_steps=config.warmup_steps

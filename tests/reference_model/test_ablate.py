@@ -136,6 +136,12 @@ def test_run_of_other_settings_is_refused(config, monkeypatch):
         command.ablate(replace(config, learning_rate=2e-3))
     with pytest.raises(InputError, match=r"holds a run with model\.joint_dim=12 \(asked for 13\)"):
         command.ablate(replace(config, model=replace(config.model, joint_dim=13)))
+    # A run from before an option was there had its default.
+    for path in config.out.glob("*/*.yaml"):
+        path.write_text(path.read_text().replace("no_target_weight: 0.1\n", ""))
+    command.ablate(config)
+    with pytest.raises(InputError, match=r"no_target_weight=0\.1 \(asked for 0\.3\)"):
+        command.ablate(replace(config, no_target_weight=0.3))
 
 
 def test_failed_run_is_named_and_the_others_are_in_the_table(config, monkeypatch, capsys):

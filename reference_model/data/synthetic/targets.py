@@ -18,7 +18,7 @@ from reference_model.data.synthetic.program import (
 from reference_model.data.synthetic.scene import Preset, SceneObject
 
 KINDS = {"one": 0.6, "several": 0.28, "none": 0.12}
-"""Kind of target -> its share of the references; gRefCOCO's of 278,232 sentences are 0.597, 0.288, 0.116."""
+"""Kind of target -> its share of the references; gRefCOCO has all three, its own shares were not at hand."""
 
 SEVERAL = {"attribute": 0.35, "location": 0.25, "relation": 0.1, "pair": 0.3}
 """Family of sentences about several objects -> weight; relation only where the preset has it."""
