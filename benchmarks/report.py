@@ -203,15 +203,23 @@ def rewrite(readme: str, results: dict[str, dict]) -> str:
     Raises:
         ValueError: A mark is missing.
     """
-    if BEGIN not in readme or END not in readme:
-        raise ValueError(
-            f"README.md: no '{BEGIN}' and '{END}' to write between; put them where the table goes"
-        )
     parts = []
     for name, result in results.items():
         parts += [table(result), "", f"![benchmarks](docs/benchmarks-{name}.png)", ""]
-    text = "\n".join(parts)
-    return re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n{text}{END}", readme, flags=re.DOTALL)
+    return between(readme, "\n".join(parts), BEGIN, END)
+
+
+def between(readme: str, text: str, begin: str, end: str) -> str:
+    """Put text between two marks.
+
+    Raises:
+        ValueError: They are not there.
+    """
+    if begin not in readme or end not in readme:
+        raise ValueError(
+            f"README.md: no '{begin}' and '{end}' to write between; put them where the table goes"
+        )
+    return re.sub(f"{begin}.*{end}", lambda _: f"{begin}\n{text.rstrip()}\n{end}", readme, flags=re.DOTALL)
 
 
 def main() -> int:

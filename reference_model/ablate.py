@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from reference_model.configs import build, read_yaml, to_yaml
-from reference_model.data.readers import read
+from reference_model.data.layouts import read
 from reference_model.files import InputError, refuse_unwritable, written_whole
 from reference_model.model.build import build_metris
 from reference_model.model.checkpoint import CONFIG
@@ -308,7 +308,9 @@ def _run(run: Run, splits: str, threads: int) -> None:
             batch, scores = 2 * run.config.batch_size, run.beside(".json")
             device = run.config.device
             evaluate(
-                EvaluateConfig(folder, run.config.data, splits, batch_size=batch, out=scores, device=device)
+                EvaluateConfig(
+                    run.config.data, folder, splits=splits, batch_size=batch, out=scores, device=device
+                )
             )
 
 

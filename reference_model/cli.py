@@ -30,14 +30,31 @@ COMMANDS = {
     "ablate": ("training.config:AblateConfig", "ablate:ablate"),
     "profile": ("model.config:ProfileConfig", "profile:profile"),
     "push": ("model.config:PushConfig", "model.sharing:share"),
+    "compare": ("scoring.config:CompareConfig", "scoring.compare:compare"),
+    "convert": ("data.config:ConvertConfig", "data.convert:convert"),
+    "data check": ("data.config:CheckConfig", "data.check:check"),
+    "data show": ("viewing.config:ShowConfig", "viewing.samples:show"),
 }
 _WITH_PRESETS = ("train", "ablate", "profile")
+# command -> the options that bare words at its beginning stand for
+_BARE = {
+    "compare": ("--a", "--b"),
+    "convert": ("--data.root",),
+    "data check": ("--data.root",),
+    "data show": ("--data.root",),
+}
+
+_FLAGS = ("--json", "--baselines", "--breakdowns", "--intervals", "--images", "--cache", "--private")
 
 _MENDABLE = {errno.ENAMETOOLONG, errno.EACCES, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; exit code 0, or 2 with one line on stderr for what a user can mend."""
+    """Run one command.
+
+    Returns:
+        Exit code 0; 1 where a check found something wrong; 2 with a line on stderr for what a user can mend.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     warnings.formatwarning = lambda message, *_, **__: f"metris: warning: {message}\n"
     try:
@@ -45,10 +62,12 @@ def main(arguments: list[str] | None = None) -> int:
             print(_usage())
             return 0
         name, *rest = arguments
+        if rest and f"{name} {rest[0]}" in COMMANDS:
+            name, rest = f"{name} {rest[0]}", rest[1:]
         if name not in COMMANDS:
             raise InputError(f"unknown command {name}, expected one of {', '.join(COMMANDS)}")
         config = parse(name, rest)
-        _load(COMMANDS[name][1])(config)
+        failed = _load(COMMANDS[name][1])(config) is False
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # who read us has seen enough
@@ -63,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("metris: interrupted", file=sys.stderr)
         return 130
-    return 0
+    return int(failed)
 
 
 def _refuse(line: str) -> int:
@@ -87,6 +106,9 @@ def parse(name: str, arguments: list[str]) -> Any:
         * (name in _WITH_PRESETS),
     )
     parser.add_class_arguments(config_class, as_group=False)
+    bare = _BARE.get(name, ())
+    while bare and arguments and not arguments[0].startswith("-"):
+        arguments, bare = [*arguments[1:], bare[0], arguments[0]], bare[1:]
     files, overrides, expressions = _split(arguments, parser.prog)
     if expressions and "expression" not in known_keys(config_class):
         refuse_unknown(parser.prog, "expression", config_class)
@@ -125,7 +147,7 @@ def _split(arguments: list[str], prog: str) -> tuple[list[Path], list[str], list
             files.append(preset_file(value) if name == "--preset" else Path(value))
         elif name == "--expression" and (has_value or waiting):
             expressions.append(value if has_value else waiting.pop(0))
-        elif name in ("--json", "--baselines", "--cache", "--private") and not has_value:
+        elif name in _FLAGS and not has_value:
             follows = waiting[:1] in (["true"], ["false"])
             overrides.append(f"{name}={waiting.pop(0) if follows else 'true'}")
         else:
@@ -136,7 +158,7 @@ def _split(arguments: list[str], prog: str) -> tuple[list[Path], list[str], list
 def _usage() -> str:
     lines = ["usage: metris COMMAND [options]", "", "commands:"]
     for name, (config, _) in COMMANDS.items():
-        lines.append(f"  {name:10} {_load(config).__doc__.splitlines()[0]}")
+        lines.append(f"  {name:11} {_load(config).__doc__.splitlines()[0]}")
     return "\n".join(
         [*lines, "", "metris COMMAND --help lists the options of a command, with units and defaults"]
     )

@@ -24,4 +24,4 @@ def test_make_commands_of_the_readme_exist():
 
 
 def test_every_metris_command_is_shown():
-    assert set(re.findall(r"^metris (\w+) ", README, re.MULTILINE)) == set(COMMANDS)
+    assert set(re.findall(r"^metris (data \w+|\w+) ", README, re.MULTILINE)) == set(COMMANDS)

@@ -2,17 +2,19 @@
 
 import sys
 import warnings
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from reference_model.data.images import open_image
 from reference_model.data.plain import shown
+from reference_model.data.reader import OnError
 from reference_model.data.records import Record
-from reference_model.data.transforms import image_pixels, normalized, open_image, resize_mask
+from reference_model.data.transforms import image_pixels, normalized, resize_mask
 from reference_model.files import InputError
 
 if TYPE_CHECKING:
@@ -76,16 +78,22 @@ class ReferringDataset(Dataset[Item]):
         size: s, side of image and mask, pixels.
         cache: Keep each image (3·s² bytes) and mask (s² bytes) in memory once made. A worker process of a
             DataLoader keeps its own.
+        on_error: What an image or mask that cannot be decoded does: ``stop`` with an InputError, or be left
+            out of its batch, with one warning (``skip``).
     """
 
-    def __init__(self, records: Sequence[Record], size: int, *, cache: bool = False) -> None:
+    def __init__(
+        self, records: Sequence[Record], size: int, *, cache: bool = False, on_error: OnError = "stop"
+    ) -> None:
         if size < 1:
             raise ValueError(f"ReferringDataset: size must be at least 1 pixel, got {size}")
         self.records = records
         self.size = size
         self.cache = cache
-        self._pixels: dict[Path, Tensor] = {}
+        self.on_error = on_error
+        self._pixels: dict[int, Tensor] = {}
         self._masks: dict[int, Tensor] = {}
+        self._broken: dict[tuple[str, int], str] = {}
         # Sentences of one object share its segmentation, while ids of annotations need not be unique.
         self._object = [id(record.segmentation) for record in records]
 
@@ -96,33 +104,64 @@ class ReferringDataset(Dataset[Item]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Item]:
-        """Make a whole batch (DataLoader asks for it): an image of several sentences is decoded once."""
-        images: dict[Path, Tensor] = {}
-        items = []
+        """Make a whole batch (DataLoader asks for it): what sentences share is decoded once.
+
+        Raises:
+            InputError: An image or mask cannot be decoded; under ``skip``, when that leaves no item.
+        """
+        images: dict[int, Tensor] = {}
+        masks: dict[int, Tensor] = {}
+        items, first = [], None
         for index in indices:
             record = self.records[index]
-            if record.image not in images:
-                images[record.image] = normalized(self._image(record))
-            items.append(Item(record, images[record.image], self._mask(index).float()))
+            try:
+                if record.image_id not in images:
+                    images[record.image_id] = normalized(self._image(record))
+                if self._object[index] not in masks:
+                    masks[self._object[index]] = self._mask(index)
+            except InputError as error:
+                if self.on_error == "stop":
+                    raise
+                first = first or error
+                continue
+            items.append(Item(record, images[record.image_id], masks[self._object[index]].float()))
+        if first is not None and not items:
+            raise InputError(f"{first}; nothing is left of a batch of {len(indices)}") from first
         return items
 
     def _image(self, record: Record) -> Tensor:
-        pixels = self._pixels.get(record.image)
+        pixels = self._pixels.get(record.image_id)
         if pixels is None:
-            image = open_image(record.image, height_width=(record.height, record.width))
+            with self._once("image", record.image_id):
+                size, name = (record.height, record.width), record.image_name
+                image = open_image(record.image, height_width=size, name=name)
             pixels = image_pixels(image, self.size)
             if self.cache:
-                self._pixels[record.image] = pixels
+                self._pixels[record.image_id] = pixels
         return pixels
 
     def _mask(self, index: int) -> Tensor:
         mask = self._masks.get(self._object[index])
         if mask is None:
-            whole = self.records[index].mask()
+            with self._once("mask", self._object[index]):
+                whole = self.records[index].mask()
             mask = torch.from_numpy(resize_mask(whole, self.size, self.size)).to(torch.uint8)
             if self.cache:
                 self._masks[self._object[index]] = mask
         return mask
+
+    @contextmanager
+    def _once(self, kind: str, key: int) -> Iterator[None]:
+        """Remember what could not be decoded: it is told once, and not tried again."""
+        if (kind, key) in self._broken:
+            raise InputError(self._broken[kind, key])
+        try:
+            yield
+        except InputError as error:
+            if self.on_error == "skip":
+                self._broken[kind, key] = str(error)
+                warnings.warn(f"{error}; its sentences are left out", stacklevel=4)
+            raise
 
 
 class Collate:
@@ -140,16 +179,16 @@ class Collate:
         self.max_tokens = max_tokens
 
     def __call__(self, items: Sequence[Item]) -> Batch:
-        images: dict[Path, Tensor] = {}
+        images: dict[int, Tensor] = {}
         for record, image, _ in items:
-            images.setdefault(record.image, image)
-        row = {path: index for index, path in enumerate(images)}
+            images.setdefault(record.image_id, image)
+        row = {image_id: index for index, image_id in enumerate(images)}
         records = [item.record for item in items]
         expressions = [record.expression for record in records]
         tokens = tokenize(self.tokenizer, expressions, self.max_tokens, warn=False)
         return Batch(
             images=torch.stack(list(images.values())),
-            image_index=torch.tensor([row[record.image] for record in records]),
+            image_index=torch.tensor([row[record.image_id] for record in records]),
             token_ids=tokens.token_ids,
             language_mask=tokens.language_mask,
             masks=torch.stack([item.mask for item in items]),

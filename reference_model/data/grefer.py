@@ -1,26 +1,23 @@
-"""Read gRefCOCO: refs as JSON, each about any number of objects or about none, beside COCO annotations."""
+"""Read gRefCOCO and Ref-ZOM: refs about any number of objects or about none, beside COCO annotations."""
 
 from typing import Any, ClassVar
 
-import numpy as np
-from pycocotools import mask as coco_mask
-
-from reference_model.data.plain import MEND, plain_field, plain_list, read_plain_json
-from reference_model.data.records import segmentation_defect, segmentation_mask
+from reference_model.data.plain import MEND, plain_field, plain_list, shown
+from reference_model.data.records import segmentation_defect, segmentation_union
 from reference_model.data.refer import Refer, Target
 from reference_model.files import InputError
 
 
 class GRefer(Refer):
-    """A data set in gRefCOCO's layout, ``<dataset>/grefs(<split_by>).json``; the rest is as in `Refer`.
+    """A data set in gRefCOCO's layout, ``<dataset>/grefs(<split_by>).json`` or, if there is none, ``.p``.
 
     ``ann_id`` and ``category_id`` of a ref are lists; ``ann_id: [-1]`` means that there is no target, and the
     flag ``no_target``, where a ref carries it, must agree. The mask of a record is the union of its
-    annotations, crowds among them (ReLA leaves those out), and empty where there is no target.
+    annotations, crowds among them (ReLA leaves those out), and empty where there is no target. The rest is
+    as in `Refer`.
     """
 
-    refs_name: ClassVar[str] = "grefs({}).json"
-    read_refs: ClassVar[Any] = staticmethod(read_plain_json)
+    refs_names: ClassVar[tuple[str, ...]] = ("grefs({}).json", "grefs({}).p")
 
     def _target(self, ref: dict[str, Any], image_id: int, where: str) -> Target:
         ann_ids, category_ids = (plain_list(ref, key, int, where) for key in ("ann_id", "category_id"))
@@ -30,25 +27,46 @@ class GRefer(Refer):
                 f"{where} has 'no_target' = {ref['no_target']}, but 'ann_id' names "
                 f"{'nothing' if none else f'{len(ann_ids)} annotations'}; {MEND}"
             )
-        if none:
-            return Target((), (), self._nothing(image_id))
-        found = [self._segmentation(ann_id, image_id, where) for ann_id in ann_ids]
-        return Target(tuple(ann_ids), tuple(category_ids), _union(found, *self._sizes[image_id]))
+        return self._nothing(image_id) if none else self._union(ann_ids, category_ids, image_id, where)
 
-    def _nothing(self, image_id: int) -> dict[str, Any]:
-        height, width = self._sizes[image_id]
+    def _union(self, ann_ids: list[int], category_ids: list[int], image_id: int, where: str) -> Target:
+        found = [self._segmentation(ann_id, image_id, where) for ann_id in dict.fromkeys(ann_ids)]
+        _, height, width = self._images[image_id]
+        return Target(tuple(ann_ids), tuple(category_ids), segmentation_union(found, height, width))
+
+    def _nothing(self, image_id: int) -> Target:
+        _, height, width = self._images[image_id]
         nothing = {"size": [height, width], "counts": [height * width]}
         defect = segmentation_defect(nothing, height, width)
         if defect is not None:  # no annotation of this image need have told so
             raise InputError(f"{self.instances_file}: image {image_id}: {defect}; {MEND}")
-        return nothing
+        return Target((), (), nothing)
 
 
-def _union(segmentations: list[Any], height: int, width: int) -> Any:
-    """Make one segmentation of several sound ones: polygons as they are, else all as run lengths."""
-    if len(segmentations) == 1:
-        return segmentations[0]
-    if all(isinstance(segmentation, list) for segmentation in segmentations):
-        return [polygon for segmentation in segmentations for polygon in segmentation]
-    masks = [segmentation_mask(found, height, width, owner="annotation") for found in segmentations]
-    return coco_mask.encode(np.asfortranarray(np.logical_or.reduce(masks).astype(np.uint8)))
+class RefZom(GRefer):
+    """Ref-ZOM, ``<dataset>/refs(final).p`` or as released, ``Ref-ZOM(final).p``; the rest is as in `Refer`.
+
+    ``ann_id`` and ``category_id`` of a ref are a number or a list. Its ``source`` says whether it refers to
+    zero, one or many objects; with zero, whatever annotation it names is not its target. The images are those
+    of COCO train2014 and val2014, together in one folder or in two.
+    """
+
+    refs_names: ClassVar[tuple[str, ...]] = ("refs({}).p", "Ref-ZOM({}).p")
+
+    def _target(self, ref: dict[str, Any], image_id: int, where: str) -> Target:
+        if "source" in ref and plain_field(ref, "source", str, where) == "zero":
+            return self._nothing(image_id)
+        ann_ids, category_ids = (_one_or_many(ref, key, where) for key in ("ann_id", "category_id"))
+        if ann_ids not in ([], [-1]):
+            return self._union(ann_ids, category_ids, image_id, where)
+        if "source" in ref:
+            raise InputError(
+                f"{where} has 'source' = {shown(ref['source'])}, but 'ann_id' names nothing; {MEND}"
+            )
+        return self._nothing(image_id)
+
+
+def _one_or_many(ref: dict[str, Any], key: str, where: str) -> list[int]:
+    if type(ref.get(key)) is list:
+        return plain_list(ref, key, int, where)
+    return [plain_field(ref, key, int, where)]

@@ -2,23 +2,29 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from reference_model.data.images import open_mask
 from reference_model.data.plain import shown
 from reference_model.files import InputError
 
 LONGEST_SIDE = 20_000
+MOST_PIXELS = 89_478_485  # Pillow's own limit
+MOST_POINTS = 100_000
+LONGEST_OUTLINE = 2_000_000  # pixels; pycocotools takes 80 bytes for each
+
+Overlaps = Literal["union", "exactly_one"]
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
     """One referring expression with what it refers to."""
 
-    image: Path
-    """Image file."""
+    image: Path | bytes = field(repr=False)
+    """Image file, or the content of one."""
 
     height: int
     """Height of the image, pixels."""
@@ -29,8 +35,9 @@ class Record:
     expression: str
     """The sentence."""
 
-    segmentation: list[list[float]] | dict[str, Any] = field(repr=False, hash=False)
-    """All it refers to: COCO polygons ``[[x0, y0, x1, y1, ...], ...]`` in pixels, or any RLE dict."""
+    segmentation: list[list[float]] | dict[str, Any] | Path = field(repr=False, hash=False)
+    """All it refers to: COCO polygons ``[[x0, y0, x1, y1, ...], ...]`` in pixels, any RLE dict, or a PNG
+    file whose background is 0."""
 
     split: str
     """train, val, testA, testB or test."""
@@ -42,27 +49,36 @@ class Record:
     """The annotation in ``instances.json``; in gRefCOCO any number of them, () where there is no target."""
 
     image_id: int
-    """The image in ``instances.json``."""
+    """The image, the same wherever the data set names it again."""
 
     sent_id: int
     """The sentence."""
 
     category_id: int | tuple[int, ...]
-    """COCO category of the object, 1 to 90; in gRefCOCO those of the objects."""
+    """COCO category of the object, 1 to 90, or 0 where it is not known; in gRefCOCO those of the objects."""
 
     @property
     def no_target(self) -> bool:
         """Whether the sentence refers to nothing in the image, so that its mask is empty."""
         return self.ann_id == ()
 
-    def mask(self) -> np.ndarray:
+    @property
+    def image_name(self) -> str:
+        """What messages call the image: its file, or its number."""
+        return f"image {self.image_id}" if isinstance(self.image, bytes) else str(self.image)
+
+    def mask(self, overlaps: Overlaps = "union") -> np.ndarray:
         """(height, width) bool, True inside what it refers to; see :func:`segmentation_mask`."""
-        owner = f"{self.image}: annotation {self.ann_id}"
-        return segmentation_mask(self.segmentation, self.height, self.width, owner=owner)
+        if isinstance(self.segmentation, Path):
+            return open_mask(self.segmentation, self.height, self.width)
+        owner = f"{self.image_name}: annotation {self.ann_id}"
+        return segmentation_mask(self.segmentation, self.height, self.width, owner=owner, overlaps=overlaps)
 
 
-def segmentation_mask(segmentation: Any, height: int, width: int, *, owner: str) -> np.ndarray:
-    """Fill a COCO segmentation: the union of its polygons, or its run lengths.
+def segmentation_mask(
+    segmentation: Any, height: int, width: int, *, owner: str, overlaps: Overlaps = "union"
+) -> np.ndarray:
+    """Fill a COCO segmentation: its polygons, or its run lengths.
 
     Polygons are filled by pycocotools, whose choice of border pixels the published numbers rest on.
 
@@ -71,6 +87,8 @@ def segmentation_mask(segmentation: Any, height: int, width: int, *, owner: str)
         height: Image height, pixels.
         width: Image width, pixels.
         owner: What the error message begins with.
+        overlaps: Pixels in several polygons are inside (``union``), or are background, as the code of LAVT,
+            CGFormer and others has it (``exactly_one``). Run lengths have no overlaps.
 
     Returns:
         (height, width) bool. A polygon outside of the image adds nothing.
@@ -81,35 +99,80 @@ def segmentation_mask(segmentation: Any, height: int, width: int, *, owner: str)
     defect = segmentation_defect(segmentation, height, width)
     if defect is not None:
         raise InputError(f"{owner}: {defect}; mend that annotation")
-    if isinstance(segmentation, list):
-        segmentation = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
-    counts = _run_lengths(segmentation["counts"])
-    # COCO counts down the columns and begins with background.
-    return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T.copy()
+    found = coco_mask.frPyObjects(segmentation, height, width) if isinstance(segmentation, list) else None
+    runs = [_run_lengths(part["counts"]) for part in found or [segmentation]]
+    if len(runs) == 1:
+        flat = np.repeat(np.arange(len(runs[0])) % 2 == 1, runs[0])
+    else:
+        at, depth = _depths(runs)
+        inside = depth == 1 if overlaps == "exactly_one" else depth > 0
+        flat = np.repeat(np.append(False, inside), np.diff(at, prepend=0, append=height * width))
+    return flat.reshape(width, height).T.copy()  # COCO counts down the columns
+
+
+def segmentation_union(segmentations: list[Any], height: int, width: int) -> Any:
+    """Make one segmentation of several sound ones: polygons as they are, else all as run lengths."""
+    if len(segmentations) == 1:
+        return segmentations[0]
+    if all(isinstance(segmentation, list) for segmentation in segmentations):
+        return [polygon for segmentation in segmentations for polygon in segmentation]
+    parts: list[Any] = []
+    for found in segmentations:
+        if isinstance(found, dict):
+            counts = _run_lengths(found["counts"])
+            parts.append(coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width))
+        else:
+            parts += coco_mask.frPyObjects(found, height, width)
+    return coco_mask.merge(parts)
+
+
+def _depths(runs: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Overlay several run lengths, each of which begins with background.
+
+    Returns:
+        (e,) pixels where a run ends, in order, and (e,) how many hold the pixels from there to the next one.
+    """
+    edges = [np.cumsum(lengths) for lengths in runs]
+    at = np.concatenate(edges)
+    steps = np.concatenate([np.where(np.arange(len(part)) % 2, -1, 1) for part in edges])
+    order = at.argsort()
+    return at[order], np.cumsum(steps[order])
 
 
 def segmentation_defect(segmentation: Any, height: int, width: int) -> str | None:
     """Say what is wrong with a segmentation, or None. pycocotools itself reads beyond its memory."""
-    if not (
-        type(height) is type(width) is int and 1 <= min(height, width) <= max(height, width) <= LONGEST_SIDE
-    ):
+    whole = type(height) is type(width) is int
+    if not (whole and 1 <= min(height, width) <= max(height, width) <= LONGEST_SIDE):
         size = f"height {shown(height)} and width {shown(width)}"
         return f"the image has {size}, expected whole numbers from 1 to {LONGEST_SIDE}"
+    if height * width > MOST_PIXELS:
+        return f"the image has {height} x {width} pixels, more than the {MOST_PIXELS} that are read"
     if isinstance(segmentation, dict):
         return _runs_defect(segmentation, height, width)
     if not isinstance(segmentation, list):
         return f"segmentation is {shown(segmentation)}, expected a list of polygons or an RLE dict"
     if not segmentation:
         return "segmentation has no polygon"
-    side = max(height, width)
+    side, points = max(height, width), 0
     for index, polygon in enumerate(segmentation):
         if not isinstance(polygon, list) or not {type(number) for number in polygon} <= {int, float}:
             return f"polygon {index} is {shown(polygon)}, expected a list of numbers"
         if len(polygon) < 6 or len(polygon) % 2:
             return f"polygon {index} has {len(polygon)} numbers, expected an even count from 6 on"
+        points += len(polygon) // 2
+        if points > MOST_POINTS:
+            return f"its polygons have more than {MOST_POINTS} points"
         if not all(-side <= number <= 2 * side for number in polygon):
             return f"polygon {index} leaves its {height} x {width} image by more than a side (or holds NaN)"
+    if points * 3 * side > LONGEST_OUTLINE and (length := sum(map(_outline, segmentation))) > LONGEST_OUTLINE:
+        return f"its polygons are {length:.0f} pixels long, expected at most {LONGEST_OUTLINE}"
     return None
+
+
+def _outline(polygon: list[float]) -> float:
+    """Steps of one pixel along a polygon, pixels."""
+    corners = np.asarray(polygon, dtype=float).reshape(-1, 2)
+    return float(np.abs(corners - np.roll(corners, 1, axis=0)).max(axis=1).sum())
 
 
 def _runs_defect(segmentation: dict[str, Any], height: int, width: int) -> str | None:

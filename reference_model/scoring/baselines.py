@@ -1,25 +1,34 @@
 """What a score is worth: predictions that never read the sentence."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
+from reference_model.data.reader import Reader
 from reference_model.data.records import Record, segmentation_mask
 from reference_model.data.transforms import resize_mask
+from reference_model.scoring.evaluator import ImageGroups, Scores, truth_of
+from reference_model.scoring.metrics import SegmentationMetrics
+from reference_model.scoring.protocols import Protocol
 
 MOST_MASKS = 2000
+
+
+def evenly(records: Iterable[Record], count: int) -> list[Record]:
+    """Pick at most ``MOST_MASKS`` of ``count`` records, evenly spaced; the others are not kept."""
+    picked = set(np.linspace(0, count - 1, min(count, MOST_MASKS)).round().astype(int).tolist())
+    return [record for index, record in enumerate(records) if index in picked]
 
 
 def mean_mask_baseline(train_records: Sequence[Record], size: int) -> np.ndarray:
     """Find the one mask that fits all training masks best.
 
     It holds the pixels where the mean training mask is at least t, with the t of highest mIoU on the
-    training masks. At most ``MOST_MASKS`` records, evenly spaced, are used for both. Bring it to the size of
-    each image with ``resize_mask`` to score it.
+    training masks. Bring it to the size of each image with ``resize_mask`` to score it.
 
     Args:
-        train_records: Records of the training split.
+        train_records: Records of the training split, or of them what `evenly` picks.
         size: Side of the square grid, pixels.
 
     Returns:
@@ -30,10 +39,8 @@ def mean_mask_baseline(train_records: Sequence[Record], size: int) -> np.ndarray
     """
     if not train_records:
         raise ValueError("mean_mask_baseline: train_records is empty")
-    picked = np.linspace(0, len(train_records) - 1, min(len(train_records), MOST_MASKS)).round().astype(int)
-    masks = [
-        np.packbits(resize_mask(train_records[index].mask(), size, size)) for index in picked
-    ]  # 8 pixels a byte: 2000 masks of 480 x 480 take 58 MB
+    # 8 pixels a byte: 2000 masks of 480 x 480 take 58 MB.
+    masks = [np.packbits(resize_mask(record.mask(), size, size)) for record in train_records]
     unpacked = lambda mask: np.unpackbits(mask, count=size * size)
     total = np.zeros(size * size, dtype=np.int64)
     for mask in masks:
@@ -73,3 +80,20 @@ def largest_object(annotations: Sequence[dict[str, Any]], height: int, width: in
         if not annotation.get("iscrowd")
     ]
     return max(masks, key=np.count_nonzero, default=np.zeros((height, width), dtype=bool))
+
+
+def score_baselines(
+    reader: Reader, records: Iterable[Record], mean_mask: np.ndarray, protocol: Protocol
+) -> dict[str, Scores]:
+    """Score the mean training mask and, where objects are annotated, the largest of the image."""
+    by_mean, by_size = SegmentationMetrics(protocol), SegmentationMetrics(protocol)
+    annotated = False
+    for record in (record for group in ImageGroups(records, protocol) for record in group):
+        truth, annotations = truth_of(record, protocol), reader.annotations(record.image_id)
+        annotated |= bool(annotations)
+        largest = largest_object(annotations, record.height, record.width)
+        for metrics, guess in ((by_mean, mean_mask), (by_size, largest)):
+            here = guess if guess.shape == truth.shape else resize_mask(guess, *truth.shape)
+            metrics.update(here, truth, target=not record.no_target)
+    found = {"mean training mask": by_mean.compute()}
+    return found | {"largest object": by_size.compute()} if annotated else found

@@ -1,31 +1,60 @@
-"""How a checkpoint is evaluated; torch-free."""
+"""How predictions are scored and compared; torch-free."""
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from reference_model.data.config import DataConfig
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Score a checkpoint on splits of a data set, per sentence, at each image's own size."""
+    """Score a checkpoint, any other model, or a file of predictions on splits of a data set, per sentence."""
 
-    checkpoint: Path
-    """Folder that train wrote."""
     data: DataConfig
+    checkpoint: Path | None = None
+    """Folder that train wrote."""
+    model: str | None = None
+    """Instead of a checkpoint, PACKAGE.MODULE:NAME of a callable (image, sentences) -> masks."""
+    predictions: Path | None = None
+    """Instead of a model, a .jsonl file of {"sent_id": ..., "mask": path or RLE}, as ``results`` writes."""
     splits: str = "val"
     """Splits to score, separated by commas, such as val,testA,testB."""
-    threshold: float = 0.5
-    """Probability above which a pixel belongs to the mask, in (0, 1)."""
+    protocol: Literal["metris", "lavt", "cris", "cgformer", "rela"] = "metris"
+    """How masks are compared, after the published evaluation code of that name; see scoring/protocols.py."""
+    threshold: float | None = None
+    """Probability above which a pixel belongs to the mask, in (0, 1). None: the protocol's."""
     no_target_threshold: float = 0.5
     """Probability of "no target", where a model tells it, above which a mask is empty, in (0, 1)."""
     baselines: bool = False
     """Score two predictions that never read the sentence too: mean training mask, largest object."""
+    breakdowns: bool = False
+    """Give scores by category and by sentence length too."""
+    intervals: bool = False
+    """Give 95 per cent bootstrap intervals, resampling images, too."""
+    results: Path | None = None
+    """Write every sample's mask and IoU here, as .jsonl; what ``metris compare`` takes."""
     batch_size: int = 32
     """Sentences per forward pass."""
     out: Path | None = None
-    """Where the metrics go as JSON. None: metrics.json in the checkpoint."""
+    """Where the metrics go as JSON. None: metrics.json in the checkpoint; nowhere without one."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Compare two files of results on the same samples, paired: ``metris compare A.jsonl B.jsonl``."""
+
+    a: Path
+    """Results that evaluate wrote."""
+    b: Path
+    """Others, of the same samples."""
+    resamples: int = 10_000
+    """Bootstrap resamples of the images, in [100, 1000000]."""
+    seed: int = 0
+    """Of the resampling."""
     json: bool = False
     """Print JSON instead of a table."""

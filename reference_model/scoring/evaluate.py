@@ -1,201 +1,202 @@
-"""Score a model, and what needs no model, on the splits of a data set."""
+"""Score METRIS, any other model, or a file of masks, and what needs no model, on the splits of a data set."""
 
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TextIO
 
-import numpy as np
-import torch
-from torch.nn import functional as F
-from torch.utils.data import DataLoader
-from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
-
-from reference_model.data.collate import Collate, ReferringDataset, report_overlong
-from reference_model.data.readers import read
+from reference_model.data.collate import report_overlong
+from reference_model.data.layouts import read
+from reference_model.data.reader import Reader
 from reference_model.data.records import Record
-from reference_model.data.refer import Refer
-from reference_model.data.transforms import resize_mask
 from reference_model.files import InputError, refuse_unwritable, written_whole
-from reference_model.model.checkpoint import load_checkpoint, pick_device
-from reference_model.model.metris import METRIS, MetrisOutput
-from reference_model.scoring.baselines import largest_object, mean_mask_baseline
+from reference_model.model.checkpoint import GENERATED, load_checkpoint, pick_device
+from reference_model.scoring.baselines import evenly, mean_mask_baseline, score_baselines
+from reference_model.scoring.breakdowns import Breakdown
 from reference_model.scoring.config import EvaluateConfig
+from reference_model.scoring.curves import Curve, PrecisionRecall
+from reference_model.scoring.evaluator import Evaluator, Scores, computed
 from reference_model.scoring.metrics import SegmentationMetrics
-
-Scores = dict[str, float]
-
-
-class Prediction(NamedTuple):
-    """What a model answers to one sentence."""
-
-    mask: np.ndarray
-    """(height, width) bool, the image's own size."""
-    no_target: float | None
-    """Probability that nothing in the image is meant, 0 to 1; None from a model without that classifier."""
+from reference_model.scoring.metris_predictor import MetrisPredictor
+from reference_model.scoring.predictors import CallablePredictor, FilePredictor, Predictor, callable_from
+from reference_model.scoring.protocols import PROTOCOLS, Protocol
+from reference_model.scoring.results import Predictions, write_row
+from reference_model.scoring.table import score_table
 
 
 @dataclass(frozen=True)
-class Evaluator:
-    """How to feed records to a model; one for a whole run.
+class Stream:
+    """A split whose records are never listed."""
 
-    Args:
-        tokenizer: The model's.
-        image_size: Side of the square that images are resized to, pixels.
-        max_tokens: Longest sentence, tokens.
-        batch_size: Sentences per forward pass.
-        workers: Processes that load batches; 0 loads in this one.
-        threshold: Probability above which a pixel belongs to the mask, in (0, 1).
-        no_target_threshold: Probability of "no target" above which the mask is empty, in (0, 1).
-        device: Where the model is.
-    """
+    reader: Reader
+    split: str
 
-    tokenizer: PreTrainedTokenizerBase
-    image_size: int
-    max_tokens: int
-    batch_size: int = 32
-    workers: int = 0
-    threshold: float = 0.5
-    no_target_threshold: float = 0.5
-    device: torch.device | str = "cpu"
-
-    def score(self, model: METRIS, records: Sequence[Record], *, title: str = "evaluate") -> Scores:
-        """Score a model on records; sentences of an image go together, so that it is encoded once a batch.
-
-        gIoU, cIoU, N-acc and T-acc are among the scores where a record has no target.
-        """
-        records = sorted(records, key=lambda record: (record.image, record.ref_id, record.sent_id))
-        loader = DataLoader(
-            ReferringDataset(records, self.image_size),
-            batch_size=self.batch_size,
-            collate_fn=Collate(self.tokenizer, self.max_tokens),
-            num_workers=self.workers,
-        )
-        metrics = SegmentationMetrics(no_target=any(record.no_target for record in records))
-        training = model.training
-        model.eval()
-        for batch in tqdm(loader, desc=title, unit="batch", leave=False, disable=None):
-            batch = batch.to(self.device)
-            with torch.inference_mode():
-                output = model(batch.images, batch.token_ids, batch.language_mask, batch.image_index)
-            found = predictions(
-                output,
-                [(record.height, record.width) for record in batch.records],
-                threshold=self.threshold,
-                no_target_threshold=self.no_target_threshold,
-            )
-            for record, prediction in zip(batch.records, found, strict=True):
-                metrics.update(prediction.mask, record.mask())
-        model.train(training)
-        return metrics.compute()
-
-
-def predictions(
-    output: MetrisOutput,
-    sizes: Sequence[tuple[int, int]],
-    *,
-    threshold: float = 0.5,
-    no_target_threshold: float = 0.5,
-) -> list[Prediction]:
-    """Turn the output of a model about b sentences into masks, for scores and pictures alike.
-
-    Args:
-        output: Of the model.
-        sizes: b heights and widths, those of the images themselves, pixels.
-        threshold: Probability above which a pixel belongs to the mask, in (0, 1).
-        no_target_threshold: Probability of "no target" above which the mask is empty, in (0, 1).
-    """
-    found = []
-    for i, (height, width) in enumerate(sizes):
-        absent = None if output.no_target is None else output.no_target[i].float().sigmoid().item()
-        if absent is not None and absent > no_target_threshold:
-            mask = np.zeros((height, width), dtype=bool)
-        else:
-            mask = mask_at(output.logits[i], height, width, threshold=threshold)
-        found.append(Prediction(mask, absent))
-    return found
-
-
-def mask_at(logits: torch.Tensor, height: int, width: int, *, threshold: float = 0.5) -> np.ndarray:
-    """Bring (h, w) logits to (height, width), the image's own size, bilinearly; True above ``threshold``."""
-    resized = F.interpolate(logits[None, None].float(), (height, width), mode="bilinear", align_corners=False)
-    return (resized[0, 0].sigmoid() > threshold).cpu().numpy()
-
-
-def score_baselines(data: Refer, records: Sequence[Record], mean_mask: np.ndarray) -> dict[str, Scores]:
-    """Score the mean training mask and the largest object on records; neither reads the sentence."""
-    no_target = any(record.no_target for record in records)
-    by_mean, by_size = (SegmentationMetrics(no_target=no_target) for _ in range(2))
-    for record in records:
-        truth = record.mask()
-        by_mean.update(resize_mask(mean_mask, record.height, record.width), truth)
-        by_size.update(largest_object(data.annotations(record.image_id), record.height, record.width), truth)
-    return {"mean training mask": by_mean.compute(), "largest object": by_size.compute()}
-
-
-def table(scores: dict[str, dict[str, Scores]]) -> str:
-    """Lay out {split: {what: scores}} for a person, in per cent."""
-    keys = ["mIoU", "oIoU", "P@0.5", "P@0.7", "P@0.9"]
-    if any("gIoU" in score for by_name in scores.values() for score in by_name.values()):
-        keys += ["gIoU", "cIoU", "N-acc", "T-acc"]
-    rows = [["split", "prediction", *keys, "sentences"]]
-    for split, by_name in scores.items():
-        for name, score in by_name.items():
-            cells = (f"{100 * score[key]:.2f}" if key in score else "-" for key in keys)
-            rows.append([split, name, *cells, str(score["count"])])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    line = lambda row: "  ".join(
-        cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))
-    )
-    return "\n".join(map(line, rows))
+    def __iter__(self) -> Iterator[Record]:
+        return self.reader.stream(self.split)
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, dict[str, Scores]]:
     """Run the command ``evaluate``: {split: {"METRIS": scores, baseline: scores}}, fractions 0 to 1.
 
+    Another model or a file stands under its own name. Among the scores of each are ``evaluation``, which says
+    what was scored and how, and, if asked for, ``intervals``, ``by category`` and ``by length``. The
+    precision-recall curves go to a file of their own, NAME_curves.json beside ``out``.
+
     Raises:
-        InputError: The checkpoint or the data cannot be used, or a threshold is outside (0, 1).
+        InputError: The model, the predictions or the data cannot be used, or a value is out of its range.
     """
+    protocol = _checked(config)
+    device = pick_device(config.device)
+    reader = read(config.data)
+    splits = {}
+    for split in config.splits.split(","):
+        splits[split] = Stream(reader, split) if reader.streamed else reader.records(split)
+        if next(iter(splits[split]), None) is None:  # of a stream, this finds wrong names before long work
+            raise InputError(f"{reader.source}: split {split!r} has no records; choose another")
+    for path in (out := _out(config), config.results):
+        if path is not None:
+            refuse_unwritable(path)
+    name, predictor = _predictor(config, splits, device)
+    mean_mask = None
+    if config.baselines:
+        train = evenly(Stream(reader, "train"), reader.splits.get("train", 0))
+        mean_mask = mean_mask_baseline(train, getattr(predictor, "image_size", protocol.size or 480))
+
+    found: dict[str, dict[str, Scores]] = {}
+    curves: dict[str, Curve] = {}
+    with ExitStack() as stack:
+        rows = None
+        if config.results is not None:
+            path = stack.enter_context(written_whole(config.results))
+            rows = stack.enter_context(path.open("w", encoding="utf-8"))
+        for split, records in splits.items():
+            result, curve = _scored(config, protocol, reader, predictor, split, records, rows)
+            found[split] = {name: result}
+            if curve is not None:
+                curves[split] = curve
+            if mean_mask is not None:
+                found[split] |= score_baselines(reader, records, mean_mask, protocol)
+
+    _write(found, curves, out)
+    print(json.dumps(found, indent=2) if config.json else f"{score_table(found)}\nprotocol {protocol}")
+    aside = sys.stderr if config.json else sys.stdout
+    for what, path in (("metrics", out), ("results", config.results)):
+        if path is not None:
+            print(f"{what}: {path}", file=aside)
+    return found
+
+
+def _scored(
+    config: EvaluateConfig,
+    protocol: Protocol,
+    reader: Reader,
+    predictor: Predictor,
+    split: str,
+    records: Iterable[Record],
+    rows: TextIO | None,
+) -> tuple[Scores, Curve | None]:
+    """Score one split, and write its results."""
+    evaluator = Evaluator(protocol, config.no_target_threshold, config.data.on_error)
+    metrics, curve = SegmentationMetrics(protocol), PrecisionRecall()
+    breakdown = Breakdown(protocol, reader.categories)
+    total = reader.splits.get(split)
+    for scored in evaluator.outcomes(predictor, records, metrics, curve, title=split, total=total):
+        breakdown.add(scored.record, scored.outcome)
+        if rows is not None:
+            write_row(rows, scored.record, scored.outcome, scored.mask, protocol, scored.no_target)
+    if not metrics.tallies[0]:
+        raise InputError(f"{reader.source}: nothing of split {split!r} could be decoded; mend the data")
+    result = computed(metrics)
+    found = computed(curve) if curve.histogram.any() else None
+    if found is not None:
+        result["AUC-PR"] = found.area
+    result["evaluation"] = _provenance(config, reader, protocol)
+    return result | breakdown.scores(intervals=config.intervals, groups=config.breakdowns), found
+
+
+def _checked(config: EvaluateConfig) -> Protocol:
+    """Refuse values out of their range, and give the protocol."""
+    given = [key for key in ("checkpoint", "model", "predictions") if getattr(config, key) is not None]
+    if len(given) != 1:
+        got = f"got {' and '.join(given)}" if given else "got none"
+        raise InputError(f"evaluate: give one of --checkpoint, --model or --predictions, {got}")
     if config.batch_size < 1:
         raise InputError(f"batch_size: must be >= 1, got {config.batch_size}")
     if config.data.workers < 0:
         raise InputError(f"data.workers: must be >= 0, got {config.data.workers}")
-    for name in ("threshold", "no_target_threshold"):
-        if not 0 < getattr(config, name) < 1:
-            raise InputError(f"{name}: must be in (0, 1), got {getattr(config, name):g}; 0.5 is usual")
-    device = pick_device(config.device)
-    data = read(config.data)
-    records = {split: data.records(split) for split in config.splits.split(",")}
-    train = data.records("train") if config.baselines else []
-    out = config.out or config.checkpoint / "metrics.json"
+    protocol = PROTOCOLS[config.protocol]
+    if config.threshold is not None:
+        protocol = replace(protocol, threshold=config.threshold)
+    for name, value in (("threshold", protocol.cutoff), ("no_target_threshold", config.no_target_threshold)):
+        if not 0 < value < 1:
+            raise InputError(f"{name}: must be in (0, 1), got {value:g}; 0.5 is usual")
+    return protocol
+
+
+def _out(config: EvaluateConfig) -> Path | None:
+    if config.out is None and config.checkpoint is not None:
+        return config.checkpoint / "metrics.json"
+    return config.out
+
+
+def _predictor(
+    config: EvaluateConfig, splits: dict[str, Iterable[Record]], device: Any
+) -> tuple[str, Predictor]:
+    """Load what is scored, and name it."""
+    if config.model is not None:
+        return config.model, CallablePredictor(
+            callable_from(config.model), config.model, config.data.on_error
+        )
+    if config.predictions is not None:
+        return config.predictions.name, FilePredictor(Predictions(config.predictions))
     checkpoint = load_checkpoint(config.checkpoint, device=device)
-    refuse_unwritable(out)
-    report_overlong(
-        checkpoint.tokenizer, [r for found in records.values() for r in found], checkpoint.config.max_tokens
-    )
-    evaluator = Evaluator(
+    listed = [record for found in splits.values() if isinstance(found, Sequence) for record in found]
+    if listed:
+        report_overlong(checkpoint.tokenizer, listed, checkpoint.config.max_tokens)
+    return "METRIS", MetrisPredictor(
+        checkpoint.model,
         checkpoint.tokenizer,
         image_size=checkpoint.config.image_size,
         max_tokens=checkpoint.config.max_tokens,
         batch_size=config.batch_size,
         workers=config.data.workers,
-        threshold=config.threshold,
-        no_target_threshold=config.no_target_threshold,
         device=device,
+        on_error=config.data.on_error,
     )
-    scores = {
-        split: {"METRIS": evaluator.score(checkpoint.model, found, title=split)}
-        for split, found in records.items()
-    }
-    if config.baselines:
-        mean_mask = mean_mask_baseline(train, checkpoint.config.image_size)
-        for split, found in records.items():
-            scores[split] |= score_baselines(data, found, mean_mask)
 
+
+def _provenance(config: EvaluateConfig, reader: Reader, protocol: Protocol) -> dict[str, Any]:
+    """Say what was scored on what, and how."""
+    data, root = config.data, config.data.root
+    named = data.dataset in reader.source.parts
+    return {
+        "data": str(reader.source),
+        "dataset": data.dataset if named else root.stem if root.is_file() else root.name,
+        "split_by": data.split_by if named else None,
+        "generated": (root / GENERATED).is_file(),
+        **{
+            key: str(value)
+            for key in ("checkpoint", "model", "predictions")
+            if (value := getattr(config, key))
+        },
+        "protocol": protocol.name,
+        "threshold": protocol.cutoff,
+        "no_target_threshold": config.no_target_threshold,
+    }
+
+
+def _write(found: dict[str, dict[str, Scores]], curves: dict[str, Curve], out: Path | None) -> None:
+    if out is None:
+        return
     with written_whole(out) as path:
-        path.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(scores, indent=2) if config.json else table(scores))
-    print(f"metrics: {out}", file=sys.stderr if config.json else sys.stdout)
-    return scores
+        path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    if curves:
+        plain = {
+            split: {key: value.round(6).tolist() for key, value in curve._asdict().items()}
+            for split, curve in curves.items()
+        }
+        with written_whole(out.with_name(f"{out.stem}_curves.json")) as path:
+            path.write_text(json.dumps(plain) + "\n", encoding="utf-8")

@@ -5,8 +5,9 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,17 @@ from transformers import PreTrainedTokenizerBase
 
 from reference_model.configs import to_yaml
 from reference_model.data.collate import Batch, Collate, ReferringDataset, report_overlong
-from reference_model.data.readers import read
-from reference_model.data.records import Record
+from reference_model.data.layouts import read
+from reference_model.data.streaming import ShardedDataset, ShardedLoader
 from reference_model.files import InputError, written_whole
 from reference_model.model.build import build_metris
 from reference_model.model.checkpoint import GENERATED, WEIGHTS, pick_device, save_weights, start_checkpoint
 from reference_model.model.config import ModelConfig
 from reference_model.model.loss import MetrisLoss
 from reference_model.model.text_encoder import article_ids, build_tokenizer, load_tokenizer
-from reference_model.scoring.evaluate import Evaluator
+from reference_model.scoring.evaluate import Stream
+from reference_model.scoring.evaluator import Evaluator
+from reference_model.scoring.metris_predictor import MetrisPredictor
 from reference_model.training.config import TrainConfig
 from reference_model.training.sampler import ImageGroupedSampler
 from reference_model.training.schedule import adamw, polynomial_decay
@@ -47,24 +50,38 @@ def train(config: TrainConfig) -> Path:
 
     # Data
     data = read(config.data)
-    records, val = data.records("train"), data.records("val")
-    tokenizer, model_config = _tokenizer(config.model, records)
-    sampler = ImageGroupedSampler(
-        [record.image_id for record in records],
-        config.batch_size,
-        per_image=config.sentences_per_image,
-        seed=config.seed,
-    )
-    loader = DataLoader(
-        ReferringDataset(records, model_config.image_size, cache=config.cache),
-        batch_sampler=sampler,
-        collate_fn=Collate(tokenizer, model_config.max_tokens),
-        num_workers=config.data.workers,
-        persistent_workers=config.data.workers > 0,
-        pin_memory=device.type == "cuda",
-        # Its own generator: otherwise each new iterator would shift the dropout of the run.
-        generator=torch.Generator().manual_seed(config.seed),
-    )
+    if data.streamed:
+        if config.cache:
+            raise InputError("cache: shards are streamed, and none of their images held; leave it out")
+        records, val = Stream(data, "train"), Stream(data, "val")
+        next(iter(val), None)  # now rather than at the first evaluation: is there such a split?
+        sentences = data.sentences("train")
+    else:
+        records, val = data.records("train"), data.records("val")
+        sentences = (record.expression for record in records)
+    tokenizer, model_config = _tokenizer(config.model, sentences)
+    collate = Collate(tokenizer, model_config.max_tokens)
+    pinned = device.type == "cuda"
+    groups = {"per_image": config.sentences_per_image, "seed": config.seed}
+    if data.streamed:
+        streamed = ShardedDataset(data, "train", model_config.image_size, **groups)
+        loader = sampler = ShardedLoader(
+            streamed, config.batch_size, collate, workers=config.data.workers, pin_memory=pinned
+        )
+    else:
+        sampler = ImageGroupedSampler([record.image_id for record in records], config.batch_size, **groups)
+        loader = DataLoader(
+            ReferringDataset(
+                records, model_config.image_size, cache=config.cache, on_error=config.data.on_error
+            ),
+            batch_sampler=sampler,
+            collate_fn=collate,
+            num_workers=config.data.workers,
+            persistent_workers=config.data.workers > 0,
+            pin_memory=pinned,
+            # Its own generator: otherwise each new iterator would shift the dropout of the run.
+            generator=torch.Generator().manual_seed(config.seed),
+        )
     steps = config.steps or config.epochs * len(sampler)
 
     # Model, loss, optimiser
@@ -94,7 +111,8 @@ def train(config: TrainConfig) -> Path:
     schedule = polynomial_decay(
         optimiser, steps=steps, power=config.poly_power, warmup_steps=config.warmup_steps
     )
-    evaluator = Evaluator(
+    predictor = MetrisPredictor(
+        model,
         tokenizer,
         image_size=model_config.image_size,
         max_tokens=model_config.max_tokens,
@@ -102,11 +120,13 @@ def train(config: TrainConfig) -> Path:
         workers=config.data.workers,
         device=device,
     )
-    report_overlong(tokenizer, records, model_config.max_tokens)
+    first = list(islice(records, 1000)) if data.streamed else records
+    report_overlong(tokenizer, first, model_config.max_tokens)
     start_checkpoint(config.out, to_yaml(replace(config, model=model_config)), tokenizer)
-    if (config.data.root / GENERATED).is_file():
+    root = config.data.root if config.data.root.is_dir() else config.data.root.parent
+    if (root / GENERATED).is_file():
         with written_whole(config.out / GENERATED) as path:
-            shutil.copyfile(config.data.root / GENERATED, path)
+            shutil.copyfile(root / GENERATED, path)
 
     # Loop
     best_scores: dict[str, float] = {}
@@ -140,7 +160,7 @@ def train(config: TrainConfig) -> Path:
             # Evaluate, checkpoint
             due = epoch_ends and config.evaluate_every and sampler.epoch % config.evaluate_every == 0
             if step == steps or due:
-                scores = evaluator.score(model, val, title="val")
+                scores = Evaluator().score(predictor, val, title="val")
                 log.write(step=step, seconds=time.monotonic() - started, val=scores)
                 best_by = "gIoU" if "gIoU" in scores else "mIoU"  # the former where some have no target
                 tqdm.write(
@@ -177,7 +197,7 @@ class Log:
 
 
 def _batches(
-    loader: DataLoader, sampler: ImageGroupedSampler, steps: int
+    loader: DataLoader | ShardedLoader, sampler: ImageGroupedSampler | ShardedLoader, steps: int
 ) -> Iterator[tuple[int, bool, Batch]]:
     """Yield (step from 1, whether it ends an epoch, batch) until ``steps`` are done."""
     step = 0
@@ -191,12 +211,12 @@ def _batches(
                 return
 
 
-def _tokenizer(model: ModelConfig, records: list[Record]) -> tuple[PreTrainedTokenizerBase, ModelConfig]:
+def _tokenizer(model: ModelConfig, sentences: Iterable[str]) -> tuple[PreTrainedTokenizerBase, ModelConfig]:
     """Take the tokenizer of the pretrained text encoder, or build one from the training sentences."""
     if model.pretrained or model.text_weights is not None:
         tokenizer = load_tokenizer(model.text_weights or model.text_encoder)
     else:
-        tokenizer = build_tokenizer(record.expression for record in records)
+        tokenizer = build_tokenizer(sentences)
         model = replace(model, vocab_size=len(tokenizer))
     return tokenizer, replace(model, article_ids=article_ids(tokenizer))
 

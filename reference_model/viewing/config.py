@@ -7,6 +7,19 @@ from reference_model.data.config import DataConfig
 
 
 @dataclass(frozen=True)
+class ShowConfig:
+    """Draw a page of samples of a data set: ``metris data show PATH``."""
+
+    data: DataConfig
+    split: str = "train"
+    """Split of the samples."""
+    count: int = 12
+    """Number of samples, evenly spaced over the split, in [1, 200]."""
+    out: Path = Path("samples.png")
+    """Picture to write, as PNG."""
+
+
+@dataclass(frozen=True)
 class PredictConfig:
     """Predict masks: of one image and its sentences, or of a few samples of a data set beside the truth."""
 

@@ -9,12 +9,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from reference_model.data.collate import tokenize
-from reference_model.data.readers import read
-from reference_model.data.transforms import image_tensor, open_image
+from reference_model.data.images import open_image
+from reference_model.data.layouts import read
+from reference_model.data.transforms import image_tensor
 from reference_model.files import InputError, refuse_unwritable, written_whole
 from reference_model.model.checkpoint import Checkpoint, load_checkpoint, pick_device
-from reference_model.scoring.evaluate import Prediction, predictions
-from reference_model.scoring.metrics import SegmentationMetrics
+from reference_model.scoring.metris_predictor import Prediction, predictions
+from reference_model.scoring.outcome import outcome
 from reference_model.viewing.config import PredictConfig
 from reference_model.viewing.overlay import TRUTH, captioned, overlay
 
@@ -116,7 +117,7 @@ def _of_samples(config: PredictConfig, checkpoint: Checkpoint) -> list[dict]:
         image, truth = open_image(record.image, height_width=(record.height, record.width)), record.mask()
         ((mask, absent),) = _answers(config, checkpoint, image, [record.expression])
         # As gIoU has it: an empty mask is all right where there is no target.
-        iou = float(not mask.any()) if record.no_target else SegmentationMetrics().update(mask, truth)
+        iou = float(not mask.any()) if record.no_target else outcome(mask, truth).iou
         panels = [
             (image, "image"),
             (overlay(image, truth, colour=TRUTH), "truth: no target" if record.no_target else "truth"),

@@ -4,6 +4,8 @@ import pickle
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,8 +18,9 @@ from transformers import BertTokenizer
 
 import reference_model.data.collate as collate_module
 from reference_model.data.collate import Collate, ReferringDataset, tokenize
+from reference_model.data.images import open_image
 from reference_model.data.records import Record
-from reference_model.data.transforms import image_tensor, open_image, resize_mask
+from reference_model.data.transforms import image_tensor, resize_mask
 from reference_model.files import InputError
 
 PIECES = ["un", "##believ", "##able"]
@@ -95,6 +98,70 @@ def test_image_of_a_batch_is_decoded_once(records, monkeypatch, cache, decodings
         loader = DataLoader(dataset, batch_size=5, collate_fn=Collate(TOKENIZER))
         assert len(next(iter(loader)).records) == 5
         assert len(opened) == count
+
+
+@pytest.mark.parametrize(("cache", "drawings"), [(False, [4, 8]), (True, [4, 4])])
+def test_mask_of_several_sentences_is_drawn_once_a_batch(records, monkeypatch, cache, drawings):
+    drawn = []
+    whole = Record.mask
+    monkeypatch.setattr(Record, "mask", lambda self, *more: drawn.append(self) or whole(self, *more))
+    dataset = ReferringDataset(records, 12, cache=cache)
+    for count in drawings:
+        dataset.__getitems__(range(5))  # 4 objects
+        assert len(drawn) == count
+
+
+def test_images_may_be_bytes_and_are_told_apart_by_their_numbers(records, tmp_path):
+    held = [replace(record, image=record.image.read_bytes()) for record in records]
+    # Equal bytes under two numbers are two images, as two files would be.
+    held.append(replace(held[0], image_id=9))
+    for source in (held, [replace(one, image=Path(str(one.image))) for one in records]):
+        batch = Collate(TOKENIZER)(ReferringDataset(source, 12).__getitems__(range(len(source))))
+        assert len(batch.images) == len({one.image_id for one in source})
+        for row in range(5):
+            expected = image_tensor(open_image(records[row].image), 12)
+            torch.testing.assert_close(batch.images[batch.image_index[row]], expected, rtol=0, atol=0)
+
+
+def test_broken_image_stops_or_is_left_out_with_one_warning(records):
+    records[0].image.write_bytes(b"garbage")
+    with pytest.raises(InputError, match=r"0.png: not an image"):
+        ReferringDataset(records, 12).__getitems__(range(5))
+    dataset = ReferringDataset(records, 12, on_error="skip")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            items = dataset.__getitems__(range(5))
+            assert [item.record for item in items] == [records[2], records[4]]
+            assert len(Collate(TOKENIZER)(items).images) == 2
+    assert [str(one.message) for one in caught] == [
+        f"{records[0].image}: not an image of a known kind; use JPEG or PNG; its sentences are left out"
+    ]
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"0.png: not an image.*; nothing is left of a batch of 2"):
+            dataset.__getitems__([0, 1])
+        with pytest.raises(InputError, match="nothing is left"):
+            dataset[3]
+
+
+def test_broken_mask_leaves_out_its_own_sentences(records, tmp_path):
+    (tmp_path / "m.png").write_bytes(b"garbage")
+    mask = tmp_path / "m.png"
+    spoilt = [replace(record, segmentation=mask) if record.ref_id == 0 else record for record in records]
+    with pytest.raises(InputError, match=r"m.png: "):
+        ReferringDataset(spoilt, 12).__getitems__(range(5))
+    with pytest.warns(UserWarning, match=r"m.png: .*; its sentences are left out") as caught:
+        items = ReferringDataset(spoilt, 12, on_error="skip").__getitems__(range(5))
+    assert [item.record for item in items] == spoilt[2:] and len(caught) == 1
+
+
+def test_loader_goes_on_past_a_broken_image(records):
+    records[0].image.write_bytes(b"garbage")
+    dataset = ReferringDataset(records, 12, on_error="skip")
+    loader = DataLoader(dataset, batch_size=3, collate_fn=Collate(TOKENIZER))
+    with pytest.warns(UserWarning, match=r"0.png"):
+        sizes = [len(batch.records) for batch in loader]
+    assert sizes == [1, 1]
 
 
 def test_cached_masks_survive_the_way_to_another_process(records):
@@ -217,7 +284,7 @@ def test_wrong_call_is_refused(expressions, max_tokens, error, says):
 def test_importing_the_data_room_loads_no_encoder_and_its_config_no_torch():
     probe = (
         "import sys, reference_model.data.config; print('torch' in sys.modules);"
-        "import reference_model.data.collate, reference_model.data.refer, reference_model.scoring.baselines;"
+        "import reference_model.data.collate, reference_model.data.layouts;"
         "print('transformers' in sys.modules, 'timm' in sys.modules, np_is := 'numpy' in sys.modules)"
     )
     out = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)

@@ -1,8 +1,10 @@
 """GRefer: what gRefCOCO's files say is what comes out, and a defect is one line of InputError."""
 
 import json
+import pickle
 import random
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,8 @@ from pycocotools import mask as coco_mask
 
 from reference_model.data.collate import ReferringDataset
 from reference_model.data.config import DataConfig
-from reference_model.data.grefer import GRefer
-from reference_model.data.readers import read
+from reference_model.data.grefer import GRefer, RefZom
+from reference_model.data.layouts import read
 from reference_model.data.refer import Refer
 from reference_model.files import InputError
 from tests.reference_model.test_refer import mutated, put, scalars
@@ -96,9 +98,9 @@ def written(root, refs, instances):
     return root
 
 
-def refusal(root):
+def refusal(root, **options):
     with pytest.raises(InputError) as caught:
-        GRefer(root, "grefcoco")
+        GRefer(root, "grefcoco", **options)
     message = str(caught.value)
     assert "\n" not in message and str(root) in message and len(message) < 1000
     return message
@@ -174,6 +176,87 @@ def test_name_of_the_data_set_chooses_the_reader(tmp_path):
     assert "grefs(unc).json: no such file; use split_by umd" in refusal(root)
     with pytest.raises(InputError, match=r"refs\(unc\).p: no such file"):
         Refer(root, "grefcoco")
+
+
+def test_pickle_is_read_where_there_is_no_json(tmp_path):
+    refs, instances = refs_and_instances()
+    root = written(tmp_path, refs, instances)
+    (root / "grefcoco/grefs(unc).p").write_bytes(pickle.dumps(refs[:1], protocol=2))
+    assert GRefer(root, "grefcoco").splits == {"train": 5, "val": 2}
+    (root / "grefcoco/grefs(unc).json").unlink()
+    data = read(DataConfig(root, "grefcoco"))
+    assert type(data) is GRefer and data.splits == {"train": 1}
+    assert "grefs(umd).json: no such file; use split_by unc" in refusal(root, split_by="umd")
+
+
+def test_absurdly_many_annotations_take_neither_time_nor_memory(tmp_path):
+    """Each of a thousand run lengths would be a mask of 80 million pixels."""
+    refs, instances = refs_and_instances()
+    instances["images"][0] |= {"height": 8000, "width": 10_000}
+    whole = {"size": [8000, 10_000], "counts": [5, 80_000_000 - 5]}
+    instances["annotations"] = [{"id": id, "image_id": 100, "segmentation": whole} for id in range(10, 1010)]
+    refs = [ref(1, [*range(10, 1010), *([10] * 5000)], ["everything"])]
+    started = time.monotonic()
+    (record,) = GRefer(written(tmp_path, refs, instances), "grefcoco").records("train")
+    assert time.monotonic() - started < 10
+    assert record.segmentation["size"] == [8000, 10_000]
+
+
+# ---- Ref-ZOM ------------------------------------------------------------------------------------
+
+
+def zom_written(root, refs, instances, *, folder="ref-zom", name="refs(final).p", images=None):
+    (root / folder).mkdir(parents=True)
+    (root / folder / name).write_bytes(pickle.dumps(refs, protocol=2))
+    (root / folder / "instances.json").write_text(json.dumps(instances))
+    for image in instances["images"]:
+        place = root / (images or ("train2014" if "train2014" in image["file_name"] else "val2014"))
+        place.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 12)).save(place / image["file_name"])
+    return root
+
+
+def zom():
+    refs, instances = refs_and_instances()
+    instances["images"][1]["file_name"] = "COCO_val2014_000000000200.jpg"
+    for one in refs:
+        del one["no_target"]
+    refs[0] |= {"ann_id": 10, "category_id": 1, "source": "one"}
+    refs[1] |= {"source": "many"}
+    refs[2] |= {"ann_id": 12, "source": "zero"}  # what it names is not meant
+    refs[3] |= {"source": "many"}
+    refs[4] |= {"ann_id": [], "category_id": [], "source": "zero"}
+    return refs, instances
+
+
+@pytest.mark.parametrize("folder", ["ref-zom", "refzom"])
+@pytest.mark.parametrize("name", ["refs(final).p", "Ref-ZOM(final).p"])
+@pytest.mark.parametrize("images", [None, "trainval2014", "images/trainval2014"])
+def test_ref_zom_has_one_many_or_no_target(tmp_path, folder, name, images):
+    root = zom_written(tmp_path, *zom(), folder=folder, name=name, images=images)
+    data = read(DataConfig(root, "ref-zom", "final"))
+    assert type(data) is RefZom and data.splits == {"train": 5, "val": 2}
+    found = [(r.ann_id, r.category_id, r.no_target) for r in data.records("train")]
+    both = ((10, 11), (1, 1), False)
+    assert found == [((10,), (1,), False), both, both, ((), (), True), ((), (), True)]
+    np.testing.assert_array_equal(data.records("train")[0].mask(), filled((1, 1, 5, 5)))
+    assert not data.records("train")[3].mask().any()
+    last = data.records("val")[-1]
+    assert last.no_target and last.image.name == "COCO_val2014_000000000200.jpg" and last.image.is_file()
+
+
+def test_ref_zom_names_what_contradicts_itself(tmp_path):
+    refs, instances = zom()
+    refs[1] |= {"ann_id": [-1]}
+    root = zom_written(tmp_path, refs, instances)
+    with pytest.raises(InputError, match=r"\(ref_id 2\) has 'source' = 'many', but 'ann_id' names nothing"):
+        RefZom(root, "ref-zom", "final")
+    del refs[1]["source"]
+    (root / "ref-zom/refs(final).p").write_bytes(pickle.dumps(refs))
+    assert RefZom(root, "ref-zom", "final").records("train")[1].no_target
+    (root / "val2014/COCO_val2014_000000000200.jpg").unlink()
+    with pytest.raises(InputError, match=r"lacks 'COCO_val2014.*; unpack COCO val2014 there"):
+        RefZom(root, "ref-zom", "final").records("val")
 
 
 def test_samples_without_target_have_an_empty_mask_and_keep_their_image(tmp_path):

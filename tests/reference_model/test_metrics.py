@@ -1,18 +1,28 @@
 """Metrics against plain sets of pixels, and the baselines against trying every choice."""
 
+import json
+import warnings
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reference_model.data.records import Record
 from reference_model.data.transforms import resize_mask
 from reference_model.files import InputError
-from reference_model.scoring.baselines import largest_object, mean_mask_baseline
+from reference_model.scoring.answers import Answer
+from reference_model.scoring.baselines import evenly, largest_object, mean_mask_baseline
+from reference_model.scoring.curves import PrecisionRecall
+from reference_model.scoring.evaluator import Evaluator, computed
 from reference_model.scoring.metrics import SegmentationMetrics
+from reference_model.scoring.outcome import outcome, scores, tally
+from reference_model.scoring.protocols import PROTOCOLS
 
 pixels = st.sets(st.tuples(st.integers(0, 3), st.integers(0, 4)))
 pairs = st.lists(st.tuples(pixels, pixels), min_size=1, max_size=8)
@@ -27,12 +37,14 @@ def mask_of(cells, height=4, width=5):
 
 def scored(pairs):
     metrics = SegmentationMetrics()
-    ious = [metrics.update(mask_of(prediction), mask_of(truth)) for prediction, truth in pairs]
+    ious = []
+    for prediction, truth in pairs:
+        metrics.update(mask_of(prediction), mask_of(truth))
+        ious.append(metrics.latest.iou)
     return ious, metrics.compute()
 
 
 @given(pairs)
-@settings(deadline=None)
 def test_equals_arithmetic_of_sets(pairs):
     ious, result = scored(pairs)
     exact = [Fraction(len(p & t), len(p | t)) if p | t else Fraction(0) for p, t in pairs]
@@ -42,18 +54,29 @@ def test_equals_arithmetic_of_sets(pairs):
     assert result["count"] == len(pairs)
     assert result["oIoU"] == (intersection / union if union else 0)
     assert result["mIoU"] == pytest.approx(float(sum(exact) / len(exact)), abs=1e-12)
-    for at in (Fraction(5, 10), Fraction(7, 10), Fraction(9, 10)):
-        expected = sum(iou >= at for iou in exact) / len(exact)
-        assert result[f"P@{float(at)}"] == expected
-    assert set(result) == {"oIoU", "mIoU", "P@0.5", "P@0.7", "P@0.9", "count"}
+    with_target = sum(bool(truth) for _, truth in pairs)
+    for tenths in (5, 6, 7, 8, 9):
+        hits = sum(iou >= Fraction(tenths, 10) for iou in exact)
+        assert result[f"P@0.{tenths}"] == (hits / with_target if with_target else 0)
+
+
+@given(pairs, st.randoms())
+def test_order_does_not_change_the_last_digit(pairs, shuffler):
+    result = scored(pairs)[1]
+    shuffler.shuffle(pairs)
+    assert scored(pairs)[1] == result
 
 
 @given(pairs)
-@settings(deadline=None)
-def test_order_and_swap_do_not_matter(pairs):
-    result = scored(pairs)[1]
-    assert scored(pairs[::-1])[1] == pytest.approx(result, abs=1e-12)
-    assert scored([(truth, prediction) for prediction, truth in pairs])[1] == result
+def test_parts_add_up_to_the_whole(pairs):
+    """What groups, resamples and processes rest on."""
+    outcomes = [outcome(mask_of(prediction), mask_of(truth)) for prediction, truth in pairs]
+    assert scores(sum(tally(found) for found in outcomes)) == scored(pairs)[1]
+    stacked = np.stack([tally(found) for found in outcomes])
+    alone = scores(stacked, no_target=True)
+    assert alone["mIoU"] == pytest.approx([found.iou for found in outcomes], abs=1e-12)
+    assert alone["gIoU"] == pytest.approx([found.giou for found in outcomes], abs=1e-12)
+    np.testing.assert_array_equal(alone["count"], np.ones(len(pairs)))
 
 
 @pytest.mark.parametrize("tenths", [5, 7, 9])
@@ -80,18 +103,27 @@ def test_overall_iou_weighs_pixels_and_mean_iou_weighs_expressions():
 
 def test_pair_empty_on_both_sides_counts_as_a_miss_and_leaves_overall_iou():
     metrics = SegmentationMetrics()
-    assert metrics.update(np.zeros((3, 3), bool), np.zeros((3, 3), bool)) == 0
+    metrics.update(np.zeros((3, 3), bool), np.zeros((3, 3), bool), target=True)
+    assert metrics.latest.iou == 0
     metrics.update(np.ones((3, 3), bool), np.ones((3, 3), bool))
     result = metrics.compute()
     assert (result["oIoU"], result["mIoU"], result["P@0.5"]) == (1, 0.5, 0.5)
+    assert "gIoU" not in result  # an object too small to have a pixel is an object
+
+
+def test_empty_pairs_can_count_as_hits():
+    nothing = np.zeros((3, 3), bool)
+    vlt = replace(PROTOCOLS["metris"], empty_iou=1.0)
+    assert outcome(nothing, nothing, vlt).iou == 1 and outcome(nothing, ~nothing, vlt).iou == 0
 
 
 def test_sums_do_not_overflow_small_integers():
     metrics = SegmentationMetrics()
     whole = np.ones((1000, 1000), bool)
-    for _ in range(3):
-        metrics.update(whole, whole)
-    assert metrics.intersection == metrics.union == 3_000_000
+    for _ in range(3000):
+        metrics.update(whole[:1], whole[:1])
+    many = 10**6 * tally(outcome(whole, whole))
+    assert metrics.compute()["oIoU"] == scores(many)["oIoU"] == scores(many)["mIoU"] == 1
 
 
 @pytest.mark.parametrize(
@@ -108,8 +140,59 @@ def test_wrong_masks_are_refused_and_not_counted(prediction, truth, error, says)
     metrics = SegmentationMetrics()
     with pytest.raises(error, match=says):
         metrics.update(prediction, truth)
-    with pytest.raises(ValueError, match="no expression was added"):
+    with (
+        pytest.raises(ValueError, match="no sentence was added"),
+        warnings.catch_warnings(action="ignore"),
+    ):
         metrics.compute()
+
+
+# ---- several processes --------------------------------------------------------------------------
+
+SAMPLES, IMAGES = 37, 11
+
+
+def sentence(index):
+    """A sentence whose prediction follows from its number; images have unlike numbers of sentences."""
+    rng = np.random.default_rng(index)
+    record = replace(record_of(rng.random((6, 7)) > 0.5), image_id=index * 7 % IMAGES, sent_id=index)
+    return replace(record, ann_id=()) if index % 9 == 0 else record
+
+
+def predicted(groups):
+    for record in (record for group in groups for record in group):
+        rng = np.random.default_rng(1000 + record.sent_id)
+        absent = rng.random() if record.sent_id % 3 else None
+        yield record, Answer(torch.from_numpy(rng.random((6, 7))), False, absent)
+
+
+def score_a_share(rank, processes, folder, count, protocol):
+    torch.set_num_threads(1)
+    if processes > 1:
+        dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=processes)
+    metrics, curve = SegmentationMetrics(PROTOCOLS[protocol]), PrecisionRecall()
+    evaluator, records = Evaluator(PROTOCOLS[protocol]), [sentence(index) for index in range(count)]
+    seen = [one.record.sent_id for one in evaluator.outcomes(predicted, records, metrics, curve)]
+    found = {"scores": computed(metrics), "seen": seen, "again": evaluator.score(predicted, records)}
+    found["curve"] = computed(curve).precision.tolist()
+    (folder / f"{processes}_{rank}.json").write_text(json.dumps(found))
+    if processes > 1:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("processes", "count"), [(2, SAMPLES), (3, 2)])
+def test_processes_with_uneven_shares_give_the_scores_of_one(tmp_path, processes, count):
+    score_a_share(0, 1, tmp_path, count, "metris")
+    torch.multiprocessing.spawn(score_a_share, (processes, tmp_path, count, "metris"), nprocs=processes)
+    read = lambda of, rank: json.loads((tmp_path / f"{of}_{rank}.json").read_text())
+    alone, together = read(1, 0), [read(processes, rank) for rank in range(processes)]
+    assert alone["scores"]["count"] == count and "gIoU" in alone["scores"]
+    for share in together:  # bit by bit
+        assert share["scores"] == share["again"] == alone["scores"] == alone["again"]
+        assert share["curve"] == alone["curve"]
+    seen = [id for share in together for id in share["seen"]]
+    assert sorted(seen) == sorted(alone["seen"]) == list(range(count))
+    assert len({len(share["seen"]) for share in together}) > 1
 
 
 # ---- baselines ----------------------------------------------------------------------------------
@@ -158,6 +241,13 @@ def test_mean_mask_brings_images_of_unlike_size_to_one_grid():
     guess = mean_mask_baseline([record_of(mask) for mask in masks], 6)
     for mask in masks:
         np.testing.assert_array_equal(resize_mask(guess, *mask.shape), mask)
+
+
+@pytest.mark.parametrize("count", [1, 2, 1999, 2000, 2001, 7000])
+def test_at_most_2000_records_are_picked_from_end_to_end(count):
+    picked = evenly(iter(range(count)), count)
+    assert len(picked) == min(count, 2000) and (picked[0], picked[-1]) == (0, count - 1)
+    assert max(np.diff(picked), default=1) <= count // 2000 + 1
 
 
 def test_mean_mask_needs_records():

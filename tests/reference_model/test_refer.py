@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import random
+import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +17,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from reference_model.data.images import IMAGE_FOLDERS
 from reference_model.data.records import segmentation_mask
-from reference_model.data.refer import IMAGE_FOLDERS, Refer
+from reference_model.data.refer import Refer
 from reference_model.files import InputError
 
 SQUARE = [[2, 2, 8, 2, 8, 8, 2, 8]]
@@ -155,6 +158,24 @@ def test_sentence_without_words_is_left_out_with_a_warning(tmp_path):
     with pytest.warns(UserWarning, match=r"refs\[0\] \(ref_id 1\) sentences\[1\] has no words; 1 such"):
         refer = Refer(written(tmp_path, refs, instances))
     assert refer.splits["train"] == 2
+
+
+def test_raw_sentences_are_read_where_asked_for_and_there(tmp_path):
+    refs, instances = refs_and_instances()
+    refs[0]["sentences"][0]["raw"] = "  "
+    del refs[0]["sentences"][1]["raw"]
+    refer = Refer(written(tmp_path, refs, instances), text="raw")
+    assert [r.expression for r in refer.records("train")] == ["left square", "the square", "WHITE ONE"]
+
+
+def test_categories_are_named_as_far_as_the_file_names_them(tmp_path):
+    refs, instances = refs_and_instances()
+    assert Refer(written(tmp_path, refs, instances)).categories == {1: "person"}
+    for found in (None, 5, {}, [5, {"id": "1", "name": "a"}, {"id": 2}, {"id": 3, "name": 4}]):
+        instances["categories"] = found
+        assert Refer(written(tmp_path, refs, instances)).categories == {}
+    del instances["categories"]
+    assert Refer(written(tmp_path, refs, instances)).categories == {}
 
 
 def test_annotations_lists_all_of_one_image(tmp_path):
@@ -405,7 +426,19 @@ def test_each_defect_names_its_file_and_record(tmp_path, edit, file, says):
 
 
 @pytest.mark.parametrize(
-    "name", ["../../secret.jpg", "/etc/passwd", "a/../../b.jpg", "..\\b.jpg", "C:b.jpg", "", ".", "a\0.jpg"]
+    "name",
+    [
+        "../../secret.jpg",
+        "/etc/passwd",
+        "a/../../b.jpg",
+        "..\\b.jpg",
+        "C:b.jpg",
+        "",
+        ".",
+        "a\0.jpg",
+        "a\nb.jpg",
+        "x" * 2000,
+    ],
 )
 def test_image_name_cannot_leave_the_folder(tmp_path, name):
     refs, instances = refs_and_instances()
@@ -442,6 +475,83 @@ def test_truncated_pickle_is_refused(tmp_path, share):
         data = pickle.dumps(refs, protocol=protocol)
         message = refusal(written(tmp_path, data[: int(len(data) * share)], instances))
         assert "refs(unc).p: not a whole pickle" in message
+
+
+@pytest.mark.parametrize(
+    ("edit", "left", "count"),
+    [
+        (put(77, "refs", 0, "ann_id"), {"train": 1, "testA": 1, "testB": 1}, 1),
+        (put("x", "refs", 3), {"train": 2, "testA": 1, "testB": 1}, 1),
+        (put({}, "refs", 0, "sentences", 0), {"train": 2, "testA": 1, "testB": 1}, 1),
+        (put("\ud800", "refs", 0, "sentences", 0, "sent"), {"train": 2, "testA": 1, "testB": 1}, 1),
+        (put("x" * 10_001, "refs", 0, "sentences", 0, "sent"), {"train": 2, "testA": 1, "testB": 1}, 1),
+        (put([], "instances", "annotations", 0, "segmentation"), {"testA": 1, "testB": 1}, 2),
+        (drop("instances", "annotations", 1, "image_id"), {"train": 3, "testB": 1}, 2),
+        (put("../x.jpg", "instances", "images", 1, "file_name"), {"train": 3, "testA": 1}, 2),
+        (put("gone.jpg", "instances", "images", 1, "file_name"), {"train": 3, "testA": 1}, 1),
+        (put(100, "instances", "images", 1, "id"), {"train": 3, "testA": 1}, 2),
+    ],
+)
+def test_skip_leaves_out_what_is_malformed_and_counts_it(tmp_path, edit, left, count):
+    refs, instances = refs_and_instances()
+    edit(refs, instances)
+    root = written(tmp_path, refs, instances)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        refer = Refer(root, on_error="skip")
+    assert refer.splits == left and len(refer.skipped) == count
+    assert {split: len(refer.records(split)) for split in left} == left
+    assert all(str(root) in reason and "\n" not in reason for reason in refer.skipped)
+    said = [str(warning.message) for warning in caught if warning.category is UserWarning]
+    assert said == [f"{refer.skipped[0]}; {count} such left out"]
+    assert all(record.image.is_file() for split in left for record in refer.records(split))
+
+
+def test_skip_does_not_hide_a_broken_file_or_that_nothing_is_left(tmp_path):
+    refs, instances = refs_and_instances()
+    for content in (b"", b"garbage", pickle.dumps({})):
+        with pytest.raises(InputError, match=r"refs\(unc\).p: "):
+            Refer(written(tmp_path, content, instances), on_error="skip")
+    for one in refs:
+        one["ann_id"] = 77
+    with pytest.raises(InputError, match=r"refs\[0\] .* names annotation 77.*; so are all 4 entries"):
+        Refer(written(tmp_path, refs, instances), on_error="skip")
+
+
+def test_image_folder_may_be_a_link_but_no_single_image_out_of_it(tmp_path):
+    root = written(tmp_path / "data", *refs_and_instances())
+    (root / "images/train2014").rename(tmp_path / "coco")
+    (root / "images/train2014").symlink_to(tmp_path / "coco")
+    assert len(Refer(root).records("testB")) == 1
+    name = "COCO_train2014_000000000200.jpg"
+    (tmp_path / "coco" / name).rename(tmp_path / "secret.jpg")
+    (tmp_path / "coco" / name).symlink_to("../secret.jpg")
+    assert len(Refer(root).records("train")) == 3
+    with pytest.raises(InputError, match=rf"{name}: is a link that leaves its folder, as 1 of the 1 images"):
+        Refer(root).records("testB")
+    with pytest.warns(UserWarning, match="which is a link that leaves its folder"):
+        assert "testB" not in Refer(root, on_error="skip").splits
+    (tmp_path / "coco" / name).unlink()
+    (tmp_path / "coco" / name).symlink_to("COCO_train2014_000000000100.jpg")  # stays inside
+    assert len(Refer(root).records("testB")) == 1
+    (tmp_path / "coco" / name).unlink()
+    os.mkfifo(tmp_path / "coco" / name)
+    with pytest.raises(InputError, match=rf"{name}: is not a file"):
+        Refer(root).records("testB")
+
+
+def test_pipe_in_place_of_a_file_is_refused_at_once(tmp_path):
+    root = written(tmp_path, *refs_and_instances())
+    for name in ("instances.json", "refs(unc).p"):
+        (root / "refcoco" / name).unlink()
+        os.mkfifo(root / "refcoco" / name)
+        assert f"{name}: " in refusal(root)
+
+
+def test_file_beyond_all_sizes_is_refused_unread(tmp_path):
+    root = written(tmp_path, *refs_and_instances())
+    os.truncate(root / "refcoco/instances.json", 3 * 2**30)  # sparse: takes no room
+    assert "instances.json: has 3221225472 bytes, more than" in refusal(root)
 
 
 # ---- hostile pickles ----------------------------------------------------------------------------
@@ -503,6 +613,54 @@ def test_extension_code_is_refused_even_where_another_reader_cached_it(tmp_path)
     finally:
         copyreg.remove_extension("os", "system", 201)
         copyreg.clear_extension_cache()
+
+
+def cyclic_list():
+    value = []
+    value.append(value)
+    return value
+
+
+def cyclic_ref():
+    refs, _ = refs_and_instances()
+    refs[0]["sentences"][0]["tokens"] = refs
+    return refs
+
+
+def sharing(depth):
+    """A list of ten times the same list of ten times the same list ..."""
+    value = ["x"] * 10
+    for _ in range(depth):
+        value = [value] * 10
+    return value
+
+
+def shared_sentences():
+    refs, _ = refs_and_instances()
+    refs[0]["sentences"] *= 3000
+    return [refs[0]] * 3000  # 18 million records in a file of a few thousand bytes
+
+
+@pytest.mark.parametrize("make", [cyclic_list, cyclic_ref, lambda: sharing(12), shared_sentences])
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_lists_that_hold_themselves_or_repeat_without_end_are_refused(tmp_path, make, protocol):
+    started = time.monotonic()
+    message = refusal(written(tmp_path, make(), refs_and_instances()[1], protocol=protocol))
+    assert "refs(unc).p: holds lists inside of themselves, or many times over" in message
+    assert time.monotonic() - started < 5
+
+
+def test_numbers_that_would_fill_a_table_for_hours_are_refused(tmp_path):
+    same = 2**61 - 1  # multiples of it have the same hash
+    for value in ({same * k: 0 for k in range(1, 40)}, {1: 2}, {(1,): 2}, {None: 1}):
+        for protocol in (0, 1, 2, 4):
+            message = refusal(written(tmp_path, [value], refs_and_instances()[1], protocol=protocol))
+            assert "asks for a dict with the key " in message
+    puts = b"".join(b"p%d\n" % (same * k) for k in range(1, 40))
+    assert "memo index" in refusal(written(tmp_path, b"(l" + puts + b".", refs_and_instances()[1]))
+    assert "not a whole pickle" in refusal(
+        written(tmp_path, pickle.dumps({same}, protocol=4), refs_and_instances()[1])
+    )
 
 
 @pytest.mark.parametrize(

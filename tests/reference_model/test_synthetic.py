@@ -21,9 +21,11 @@ from pycocotools import mask as coco_mask
 from reference_model.data.synthetic import export
 from reference_model.data.synthetic.config import GenerateConfig
 from reference_model.data.synthetic.export import generate
+from reference_model.data.synthetic.looks import OUTLINES, PATTERNS
+from reference_model.data.synthetic.presets import PRESETS
 from reference_model.data.synthetic.program import execute
 from reference_model.data.synthetic.render import painted_ids, polygons, visible_ids
-from reference_model.data.synthetic.scene import OUTLINES, PRESETS, SceneObject, outline_area
+from reference_model.data.synthetic.scene import SceneObject, outline_area
 from reference_model.data.synthetic.targets import KINDS
 from reference_model.data.synthetic.words import NUMBERS, PLURAL_VOCABULARY, VOCABULARY
 from reference_model.files import InputError
@@ -52,9 +54,10 @@ class Made:
 
     def __init__(self, config):
         self.config, self.root = config, config.root
-        self.pickled = (self.root / "refcoco" / "refs(unc).p").read_bytes()
+        (file,) = self.root.glob("*/refs(*).p")
+        self.file, self.pickled = f"{file.parent.name}/{file.name}", file.read_bytes()
         self.refs = PlainUnpickler(io.BytesIO(self.pickled)).load()
-        self.instances = json.loads((self.root / "refcoco" / "instances.json").read_text())
+        self.instances = json.loads((file.parent / "instances.json").read_text())
         self.annotations = {a["id"]: a for a in self.instances["annotations"]}
         self.images = {i["id"]: i for i in self.instances["images"]}
         self.scenes = {s["image_id"]: s for s in json.loads((self.root / "scenes.json").read_text())}
@@ -62,7 +65,7 @@ class Made:
     def sentences(self):
         for ref in self.refs:
             for sentence in ref["sentences"]:
-                yield ref, self.scenes[ref["image_id"]]["objects"], sentence
+                yield ref, whole(self.scenes[ref["image_id"]]["objects"]), sentence
 
     def masks(self):
         """(annotation, object as stored, exact visible mask) of every object."""
@@ -73,7 +76,16 @@ class Made:
                 yield self.annotations[stored["ann_id"]], items[k], ids == k + 1
 
 
-@pytest.fixture(scope="module", params=["easy", "standard"])
+def whole(objects):
+    """Objects as stored, with what plain ones lack there."""
+    return [{"pattern": "plain", "second": ""} | o for o in objects]
+
+
+OLD = ("easy", "standard")
+PATTERNED = ("refcoco", "refcoco+", "gref", "hard")
+
+
+@pytest.fixture(scope="module", params=[*OLD, *PATTERNED])
 def made(request, tmp_path_factory):
     root = tmp_path_factory.mktemp("synthetic") / request.param
     config = GenerateConfig(root=root, scenes=request.param, train=120, val=15, test=25)
@@ -182,13 +194,18 @@ def test_sentence_survives_moving_and_resizing_within_the_margins(made):
 
 
 def test_relation_names_the_longer_way(made):
+    def check(program, objects, target):
+        while program != ["all"]:
+            if program[0] == "relation":
+                (index,) = picks(program[2], objects, True)
+                anchor = next(o for o in objects if o["ann_id"] == index)
+                gap = {axis: abs(target[axis] - anchor[axis]) for axis in "xy"}
+                assert gap[SIDES[program[1]][0]] == max(gap.values())
+                check(program[2], objects, anchor)
+            program = program[-1]
+
     for ref, objects, sentence in made.sentences():
-        program = sentence["program"]
-        if program[0] == "relation":
-            target = next(o for o in objects if o["ann_id"] == ref["ann_id"])
-            (anchor,) = (o for o in objects if o["ann_id"] in picks(program[2], objects, True))
-            gap = {axis: abs(target[axis] - anchor[axis]) for axis in "xy"}
-            assert gap[SIDES[program[1]][0]] == max(gap.values())
+        check(sentence["program"], objects, next(o for o in objects if o["ann_id"] == ref["ann_id"]))
 
 
 def test_larger_scale_means_larger_area_and_diameter_for_any_two_shapes():
@@ -211,6 +228,10 @@ MEANINGS = {
     "min": ("smallest", "tiniest"),
     "small": ("small", "little"),
     "large": ("large", "big"),
+    "striped": ("striped", "banded", "stripes", "bands"),
+    "spotted": ("spotted", "dotted", "spots", "dots"),
+    "cored": ("core", "cores"),
+    "plain": ("plain",),
 }
 
 
@@ -233,20 +254,30 @@ def test_words_say_what_the_program_says(made):
 
 def test_vocabulary_is_closed_small_and_lower_case(made):
     words = {word for _, _, sentence in made.sentences() for word in sentence["tokens"]}
-    assert words <= VOCABULARY and len(VOCABULARY) <= 70
+    assert words <= VOCABULARY and len(VOCABULARY) <= 90
     assert all(word.isascii() and word.isalpha() and word.islower() for word in VOCABULARY)
     assert max(len(sentence["tokens"]) for _, _, sentence in made.sentences()) <= 18
 
 
 def test_families_of_the_preset_all_occur(made):
-    heads = Counter(s["program"][0] for _, _, s in made.sentences())
-    heads["size"] = sum(s["program"][:2] == ["superlative", "scale"] for _, _, s in made.sentences())
+    scenes, programs = made.config.scenes, [s["program"] for _, _, s in made.sentences()]
+    heads = Counter(program[0] for program in programs)
+    heads["size"] = sum(program[:2] == ["superlative", "scale"] for program in programs)
     heads["place"] = heads["location"] + heads["superlative"] - heads["size"]
-    wanted = ("filter", "size", "place") + (("relation",) if made.config.scenes == "standard" else ())
-    assert all(heads[head] >= 0.1 * heads.total() / 2 for head in wanted), heads
-    if made.config.scenes == "easy":
-        said = {op[1] for _, _, s in made.sentences() for op in operations(s["program"]) if op[0] == "filter"}
-        assert heads["relation"] == 0 and said == {"shape", "colour"}
+    wanted = {
+        "easy": {"filter": 0.1, "size": 0.1, "place": 0.1},
+        "standard": {"filter": 0.1, "size": 0.1, "place": 0.1, "relation": 0.1},
+        "refcoco": {"filter": 0.1, "place": 0.5},
+        "refcoco+": {"filter": 0.5, "size": 0.05},
+        "gref": {"relation": 1.0},
+        "hard": {"filter": 0.5, "relation": 0.15},
+    }[scenes]
+    assert all(heads[head] >= share * len(programs) for head, share in wanted.items()), heads
+    assert {head for head in heads if heads[head]} <= {*wanted, "location", "superlative"} | (
+        {"size"} if scenes == "refcoco" else set()
+    )
+    said = {op[1] for program in programs for op in operations(program) if op[0] == "filter"}
+    assert said == set(PRESETS[scenes].attributes)
 
 
 def test_guessing_the_largest_object_is_a_poor_baseline(made):
@@ -265,11 +296,15 @@ def test_splits_share_no_picture_and_test_splits_share_no_target_shape(made):
         splits[ref["split"]].add(ref["image_id"])
         shapes[ref["split"]].add(names[ref["category_id"]])
     sizes = {split: len(ids) for split, ids in splits.items()}
-    assert sizes == {"train": config.train, "val": config.val, "testA": config.test, "testB": config.test}
+    tests = ["test"] if config.scenes == "gref" else ["testA", "testB"]
+    assert sizes == {"train": config.train, "val": config.val} | dict.fromkeys(tests, config.test)
     assert len(set().union(*splits.values())) == sum(sizes.values()) == len(made.images)
     ordered = PRESETS[config.scenes].shapes
     half = len(ordered) // 2
-    assert shapes["testA"] == set(ordered[:half]) and shapes["testB"] == set(ordered[half:])
+    if config.scenes == "gref":
+        assert shapes["test"] == set(ordered)
+    else:
+        assert shapes["testA"] == set(ordered[:half]) and shapes["testB"] == set(ordered[half:])
     pictures = [(made.root / "images/train2014" / i["file_name"]).read_bytes() for i in made.images.values()]
     assert len(set(pictures)) == len(pictures)
 
@@ -364,6 +399,8 @@ def test_pictures_show_each_object_in_its_colour(made):
             pixels[image["id"]] = np.asarray(opened).astype(int)
     for annotation, item, mask in made.masks():
         picture = pixels[annotation["image_id"]]
+        if item.second:
+            continue
         assert np.abs(np.median(picture[mask], axis=0) - item.rgb).max() <= 14, item
         nearest = {
             colour: np.abs(np.median(picture[mask], axis=0) - named).sum()
@@ -464,7 +501,13 @@ def test_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
         ({"test": -1}, r"test must be .* got -1"),
         ({"seed": -1}, r"seed must be .* got -1"),
         ({"workers": 0}, r"workers must be a whole number in \[1, \d+\], got 0"),
-        ({"scenes": "hard"}, r"scenes must be one of \['easy', 'standard'\], got 'hard'"),
+        ({"scenes": "harder"}, r"scenes must be one of \['easy', 'standard', .*'hard'\], got 'harder'"),
+        ({"layout": "coco"}, r"layout must be one of \['refer', .*'jsonl'\], got 'coco'"),
+        ({"targets": "any", "layout": "cris"}, "layout cris holds .* targets is any; use layout grefer, "),
+        ({"scenes": "grefcoco", "layout": "refer"}, "layout refer holds sentences about one object alone"),
+        ({"unseen": 9}, r"unseen must be a whole number in \[0, 8\], got 9"),
+        ({"unseen": True}, r"unseen must be a whole number in \[0, 8\], got True"),
+        ({"scenes": "easy", "unseen": 3}, r"unseen must be a whole number in \[0, 2\], got 3"),
         ({"targets": "two"}, "targets must be one or any, got 'two'"),
         ({"train": 0, "val": 0, "test": 0}, "train, val and test are all 0"),
     ],
@@ -502,10 +545,10 @@ class MadeAny:
             targets = [] if ref["ann_id"] == [-1] else ref["ann_id"]
             if kind in (None, "none" if not targets else "one" if len(targets) == 1 else "several"):
                 for sentence in ref["sentences"]:
-                    yield targets, self.scenes[ref["image_id"]]["objects"], sentence
+                    yield targets, whole(self.scenes[ref["image_id"]]["objects"]), sentence
 
 
-@pytest.fixture(scope="module", params=["easy", "standard"])
+@pytest.fixture(scope="module", params=[*OLD, "grefcoco"])
 def made_any(request, tmp_path_factory):
     root = tmp_path_factory.mktemp("any") / request.param
     config = GenerateConfig(
@@ -532,9 +575,13 @@ def with_one_value_changed(program, preset):
     """All programs with one filter's value or one side turned round; those of an anchor excepted."""
     if program != ["all"]:
         if program[0] == "filter":
-            values = {"shape": preset.shapes, "colour": preset.colours, "size": ["small", "large"]}[
-                program[1]
-            ]
+            values = {
+                "shape": preset.shapes,
+                "colour": preset.colours,
+                "size": ["small", "large"],
+                "pattern": PATTERNS,
+                "second": preset.colours,
+            }[program[1]]
             yield from ([*program[:2], value, program[3]] for value in values if value != program[2])
         if program[0] in ("location", "relation"):
             opposite = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}[program[1]]
@@ -550,6 +597,9 @@ def test_sentence_without_target_is_one_word_from_a_true_one(made_any):
         assert any(picks(c, objects, margins=True) for c in with_one_value_changed(program, preset)), sentence
         filters = [op for op in operations(program) if op[0] == "filter"]
         familiar.append(all(any(o[name] == value for o in objects) for _, name, value, _ in filters))
+        filters = {op[1]: op[2] for op in filters}
+        if "second" in filters:  # no "plain star with red spots", no "red star with red spots"
+            assert filters.get("pattern") != "plain" and filters.get("colour") != filters["second"]
     assert 0.3 < np.mean(familiar) < 0.9  # each word fits some object of the picture, and yet none fits all
 
 
@@ -579,15 +629,16 @@ def test_plural_and_number_are_in_the_words(made_any):
     for targets, _, sentence in made_any.sentences("several"):
         words, operation = sentence["tokens"], sentence["program"][0]
         numbers = [2 + NUMBERS.index(word) for word in words if word in NUMBERS] + [2] * words.count("both")
-        plural = sum(word in PLURAL_VOCABULARY and word.endswith("s") for word in words)
+        plural = sum(word in PLURAL_VOCABULARY - {"cores"} and word.endswith("s") for word in words)
         if operation == "count":
             assert numbers == [sentence["program"][1]] == [len(targets)] and plural == 1, sentence
         elif operation == "every":
             assert numbers == [] and plural == (words[0] != "every") and words[0] in ("all", "the", "every")
         else:
             assert numbers == [] and plural == 0 and "and the" in sentence["sent"] and len(targets) == 2
+            assert "with" not in sentence["sent"].split(" and the ")[1] or sentence["sent"].count("with") == 2
     for _, _, sentence in made_any.sentences("one"):
-        assert not set(sentence["tokens"]) & PLURAL_VOCABULARY
+        assert not set(sentence["tokens"]) & (PLURAL_VOCABULARY | {"and"})
 
 
 def test_words_of_all_sentences_are_a_closed_small_set(made_any):

@@ -1,8 +1,13 @@
 """open_image and the resizing: a picture as a person sees it, and a mask that stays on its object."""
 
+import io
 import math
+import os
 import random
+import struct
 import warnings
+import zlib
+from contextlib import suppress
 from fractions import Fraction
 
 import numpy as np
@@ -10,14 +15,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import EpsImagePlugin, Image, ImageOps
 
-from reference_model.data.transforms import (
-    image_pixels,
-    image_tensor,
-    open_image,
-    resize_mask,
-)
+from reference_model.data.images import image_size, mask_size, open_image, open_mask
+from reference_model.data.transforms import image_pixels, image_tensor, resize_mask
 from reference_model.files import InputError
 
 
@@ -179,6 +180,84 @@ def test_decompression_bomb_is_refused(tmp_path, monkeypatch):
     Image.new("L", (100, 100)).save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     assert "too large" in message_of(tmp_path / "a.png")
+
+
+def png_with(chunk_type, content):
+    """A PNG of one pixel with one more chunk before its pixels."""
+    stream = io.BytesIO()
+    Image.new("L", (1, 1)).save(stream, "PNG")
+    data = stream.getvalue()
+    body = chunk_type + content
+    chunk = struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
+    at = data.index(b"IDAT") - 4
+    return data[:at] + chunk + data[at:]
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("pixels", [9_000, 5_001])
+def test_image_that_pillow_would_only_warn_of_is_refused(tmp_path, monkeypatch, pixels):
+    Image.new("L", (100, 100)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pixels)
+    assert f"10000 pixels exceed the limit of {pixels}" in message_of(tmp_path / "a.png")
+    for read in (image_size, mask_size, lambda path: open_mask(path, 100, 100)):
+        with pytest.raises(InputError, match="too large"):
+            read(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    assert open_image(tmp_path / "a.png").size == (100, 100)
+
+
+@pytest.mark.parametrize("chunk", [b"zTXt", b"iTXt", b"iCCP"])
+def test_text_of_a_png_that_unpacks_to_far_too_much_is_refused_or_left(tmp_path, chunk):
+    import tracemalloc
+
+    bomb = zlib.compress(bytes(100_000_000), 9)
+    content = {b"zTXt": b"a\0\0", b"iTXt": b"a\0\1\0\0\0", b"iCCP": b"a\0\0"}[chunk] + bomb
+    (tmp_path / "a.png").write_bytes(png_with(chunk, content))
+    tracemalloc.start()
+    with suppress(InputError):
+        assert open_image(tmp_path / "a.png").size == (1, 1)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 80_000_000
+
+
+def test_kinds_that_start_other_programs_or_are_no_pictures_are_refused(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: started.append(1))
+    (tmp_path / "a.jpg").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+    )
+    with Image.open(tmp_path / "a.jpg") as file:
+        assert file.format == "EPS"  # Pillow itself would go on
+    assert "not an image of a known kind" in message_of(tmp_path / "a.jpg") and not started
+
+
+def test_pipe_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "a.jpg")
+    assert "is not a file" in message_of(tmp_path / "a.jpg")
+    assert "is not a file" in message_of("/dev/zero")
+
+
+def test_image_may_be_its_bytes_and_is_called_by_its_name(tmp_path):
+    Image.fromarray(gradient()).save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    np.testing.assert_array_equal(np.asarray(open_image(data)), gradient())
+    assert image_size(data) == (6, 9)
+    for broken in (b"", data[:40], b"garbage"):
+        with pytest.raises(InputError, match=r"^image 7: "):
+            open_image(broken, name="image 7")
+    with pytest.raises(InputError, match=r"^image 7: has height 6 and width 9, but"):
+        open_image(data, name="image 7", height_width=(9, 9))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["jpg", "png", "tiff", "webp"])
+def test_size_is_that_of_the_opened_image(tmp_path, orientation, kind):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(gradient(6, 9)).save(tmp_path / f"a.{kind}", exif=exif)
+    width, height = open_image(tmp_path / f"a.{kind}").size
+    assert image_size(tmp_path / f"a.{kind}") == (height, width)
 
 
 def test_float_pixels_are_refused(tmp_path):

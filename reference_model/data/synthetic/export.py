@@ -1,21 +1,19 @@
-"""From settings to a data set on disk, in the layout of REFER (RefCOCO) or of gRefCOCO.
+"""From settings to a data set on disk.
 
-refcoco/refs(unc).p       references with their sentences; each sentence also carries its `program`
-refcoco/instances.json    COCO: every object of every picture is annotated, targets or not
-grefcoco/grefs(unc).json, grefcoco/instances.json    instead of these two, where `targets` is any
-images/train2014/COCO_train2014_%012d.jpg
-scenes.json               the scene graph of each picture, objects in painter's order
-generated.json            the settings
+Beside the files of its layout (see `layouts`) a set has
+
+scenes.json        the scene graph of each picture, objects in painter's order
+generated.json     the settings
+classes.json       beside the annotations: the categories seen and unseen in training, if any are unseen
 """
 
 import json
 import multiprocessing
-import pickle
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -25,9 +23,18 @@ import numpy as np
 from tqdm import tqdm
 
 from reference_model.data.synthetic.config import GenerateConfig
+from reference_model.data.synthetic.layouts import (
+    HOLD_ONE,
+    LAYOUTS,
+    PICTURES,
+    Made,
+    refuse_missing,
+    write_json,
+)
+from reference_model.data.synthetic.presets import PRESETS, Preset
 from reference_model.data.synthetic.program import Program, describe
-from reference_model.data.synthetic.render import painted_ids, picture, polygons, visible_ids
-from reference_model.data.synthetic.scene import PRESETS, Preset, SceneObject, outline_area, sample_scene
+from reference_model.data.synthetic.render import marked_ids, painted_ids, picture, polygons, visible_ids
+from reference_model.data.synthetic.scene import Scene, outline_area, sample_scene
 from reference_model.data.synthetic.targets import KINDS, describe_again, describe_any
 from reference_model.data.synthetic.words import sentence
 from reference_model.files import InputError, written_whole
@@ -38,8 +45,11 @@ VERSION = 1
 VISIBLE = 0.7
 """Least visible fraction of any object; a scene that hides more is drawn anew."""
 
-PICTURES = "images/train2014"
-SPLITS = ("train", "val", "testA", "testB")
+USUAL = {"targets": "one", "layout": None, "unseen": 0}
+"""Settings that generated.json leaves out: they are younger than sets that lack them."""
+
+LONGEST = 18
+"""Most words of a sentence; what takes more is not said."""
 
 References = dict[tuple[int, ...], list[tuple[str, Program]]]
 """Indices of the targets -> sentences and what they mean."""
@@ -62,29 +72,27 @@ def generate(config: GenerateConfig) -> Path:
     Raises:
         InputError: A setting is out of range; the root holds something else; it cannot be written.
     """
-    _check_ranges(config)
+    config = _checked(config)
     if _is_up_to_date(config):
         print(f"{config.root}: up to date", file=sys.stderr)
         return config.root
     jobs = list(_jobs(config))
     with written_whole(config.root.resolve()) as root:
-        (root / PICTURES).mkdir(parents=True)
-        dataset = "refcoco" if config.targets == "one" else "grefcoco"
-        (root / dataset).mkdir()
+        folder = root / PICTURES
+        folder.mkdir(parents=True)
         with _mapping(config.workers) as mapping:
-            made = mapping(partial(_make, config=config, folder=root / PICTURES), jobs)
+            made = mapping(partial(_make, config=config, folder=folder), jobs)
             pictures = list(tqdm(made, "pictures", len(jobs), file=sys.stderr, disable=None))
-        refs, annotations, scenes = _numbered(config, jobs, pictures)
-        # Through JSON and back: pickle writes an object once however often it occurs, and which strings are
-        # one object would otherwise depend on the number of workers.
-        refs = json.loads(json.dumps(refs))
-        if config.targets == "one":
-            (root / dataset / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
-        else:
-            _write_json(root / dataset / "grefs(unc).json", refs)
-        _write_json(root / dataset / "instances.json", _instances(config, jobs, annotations))
-        _write_json(root / "scenes.json", scenes)
-        _write_json(root / "generated.json", _settings(config))
+        refs, annotations, scenes = _numbered(jobs, pictures)
+        preset = PRESETS[config.scenes]
+        instances = _instances(config, jobs, annotations)
+        beside = LAYOUTS[config.layout](root, Made(preset.dataset, preset.splits, refs, instances, scenes))
+        if config.unseen:
+            unseen = [preset.shapes.index(shape) + 1 for shape in preset.unseen(config.unseen)]
+            seen = [id for id in range(1, len(preset.shapes) + 1) if id not in unseen]
+            write_json(beside / "classes.json", {"seen": seen, "unseen": sorted(unseen)})
+        write_json(root / "scenes.json", scenes)
+        write_json(root / "generated.json", _settings(config))
     made = {
         "data": str(config.root),
         "pictures": len(jobs),
@@ -94,12 +102,17 @@ def generate(config: GenerateConfig) -> Path:
     return config.root
 
 
-def _check_ranges(config: GenerateConfig) -> None:
+def _checked(config: GenerateConfig) -> GenerateConfig:
+    """Refuse what is out of range, and fill in what was left open."""
+    if config.scenes not in PRESETS:
+        raise InputError(f"GenerateConfig: scenes must be one of {list(PRESETS)}, got {config.scenes!r}")
+    preset = PRESETS[config.scenes]
     for field, low, high in (
         ("size", 32, 2048),
         ("train", 0, 10**7),
         ("val", 0, 10**7),
         ("test", 0, 10**7),
+        ("unseen", 0, len(preset.shapes) - 2),
         ("seed", 0, 2**63 - 1),
         ("workers", 1, 256),
     ):
@@ -108,21 +121,35 @@ def _check_ranges(config: GenerateConfig) -> None:
             raise InputError(
                 f"GenerateConfig: {field} must be a whole number in [{low}, {high}], got {value!r}"
             )
-    if config.scenes not in PRESETS:
-        raise InputError(f"GenerateConfig: scenes must be one of {list(PRESETS)}, got {config.scenes!r}")
-    if config.targets not in ("one", "any"):
-        raise InputError(f"GenerateConfig: targets must be one or any, got {config.targets!r}")
+    targets = config.targets or ("any" if preset.any_targets else "one")
+    layout = config.layout or _usual_layout(targets)
+    if targets not in ("one", "any"):
+        raise InputError(f"GenerateConfig: targets must be one or any, got {targets!r}")
+    if layout not in LAYOUTS:
+        raise InputError(f"GenerateConfig: layout must be one of {list(LAYOUTS)}, got {layout!r}")
+    if targets == "any" and layout in HOLD_ONE:
+        others = [name for name in LAYOUTS if name not in HOLD_ONE]
+        raise InputError(
+            f"GenerateConfig: layout {layout} holds sentences about one object alone, but targets is any; "
+            f"use layout {', '.join(others[:-1])} or {others[-1]}"
+        )
     if not config.train + config.val + config.test:
         raise InputError("GenerateConfig: train, val and test are all 0, at least one must be 1 or more")
+    refuse_missing(layout)
+    return replace(config, targets=targets, layout=layout)
 
 
 def _settings(config: GenerateConfig) -> dict[str, Any]:
     """All that the bytes depend on."""
     fields = asdict(config)
-    left_out = {"root", "workers", "json"}
-    if config.targets == "one":
-        left_out.add("targets")  # younger than the sets that lack it
+    if config.layout == _usual_layout(config.targets):
+        fields["layout"] = None
+    left_out = {"root", "workers", "json"} | {k for k, usual in USUAL.items() if fields[k] == usual}
     return {"version": VERSION} | {k: v for k, v in fields.items() if k not in left_out}
+
+
+def _usual_layout(targets: str) -> str:
+    return "refer" if targets == "one" else "grefer"
 
 
 def _is_up_to_date(config: GenerateConfig) -> bool:
@@ -136,14 +163,14 @@ def _is_up_to_date(config: GenerateConfig) -> bool:
     asked = _settings(config)
     if held == asked:
         return True
-    held, asked = ({"targets": "one"} | found for found in (held if isinstance(held, dict) else {}, asked))
+    held, asked = (USUAL | found for found in (held if isinstance(held, dict) else {}, asked))
     differs = [f"{k}={held.get(k)!r} (asked for {v!r})" for k, v in asked.items() if held.get(k) != v]
     raise InputError(f"{root}: holds a set with {', '.join(differs)}; choose another root or remove this one")
 
 
 def _jobs(config: GenerateConfig) -> Iterator[Job]:
     image_id = 0
-    for split in SPLITS:
+    for split in PRESETS[config.scenes].splits:
         for index in range(config.test if split.startswith("test") else getattr(config, split)):
             image_id += 1
             yield Job(split, index, image_id)
@@ -169,6 +196,8 @@ def _make(job: Job, config: GenerateConfig, folder: Path) -> dict[str, Any]:
     """Make one picture: write it, and return its objects and references, not yet numbered."""
     rng = Random(f"{config.seed} {job.split} {job.index}")
     preset = PRESETS[config.scenes]
+    if job.split == "train":
+        preset = replace(preset, unsaid=preset.unseen(config.unseen))
     kinds = None if config.targets == "one" else rng.choices(list(KINDS), KINDS.values(), k=rng.randint(2, 4))
     while True:
         scene = sample_scene(preset, rng)
@@ -186,10 +215,10 @@ def _make(job: Job, config: GenerateConfig, folder: Path) -> dict[str, Any]:
         )
         if refs is not None:
             break
-    image = picture(scene, painted, rng)
+    image = picture(scene, marked_ids(scene, painted), rng)
     image.save(folder / _file_name(job.image_id), quality=92, subsampling=0)
     return {
-        "objects": [item._asdict() for item in scene],
+        "objects": [item.stored() for item in scene],
         "annotations": [
             _annotation(ids == k + 1, preset.shapes.index(scene[k].shape)) for k in range(len(scene))
         ],
@@ -197,29 +226,29 @@ def _make(job: Job, config: GenerateConfig, folder: Path) -> dict[str, Any]:
     }
 
 
-def _references(
-    scene: tuple[SceneObject, ...], free: list[int], preset: Preset, rng: Random
-) -> References | None:
+def _references(scene: Scene, free: list[int], preset: Preset, rng: Random) -> References | None:
     """Two to four targets, each one object and with one to three sentences; None where there are fewer.
 
     The family of the first sentence is drawn before its target, or few would be superlatives.
     """
     refs: References = {}
     for _ in range(rng.randint(2, 4)):
-        target, program = _described(rng.sample(free, len(free)), scene, preset, rng)
-        if program is None:
+        found = _described(rng.sample(free, len(free)), scene, preset, rng)
+        if found is None:
             break
+        target, text, program = found
         free.remove(target)
-        sentences = {sentence(program, rng): program}
+        sentences = {text: program}
         for _ in range(rng.randint(0, 2)):
-            _, program = _described([target], scene, preset, rng)
-            sentences.setdefault(sentence(program, rng), program)
+            again = _described([target], scene, preset, rng)
+            if again is not None:
+                sentences.setdefault(again.text, again.program)
         refs[target,] = list(sentences.items())
     return refs if len(refs) >= 2 else None
 
 
 def _of_kinds(
-    kinds: list[str], scene: tuple[SceneObject, ...], free: list[int], preset: Preset, rng: Random
+    kinds: list[str], scene: Scene, free: list[int], preset: Preset, rng: Random
 ) -> References | None:
     """For each kind one to three sentences about one choice of targets; None where the scene has too few.
 
@@ -232,28 +261,44 @@ def _of_kinds(
         if found is None:
             return None
         targets, program = found
+        text = _worded(program, rng)
+        if text is None:
+            return None
         sentences = refs.setdefault(targets, {})
-        sentences.setdefault(sentence(program, rng), program)
+        sentences.setdefault(text, program)
         for _ in range(rng.randint(0, 2)):
             again = describe_again(targets, scene, preset, rng)
-            if again is not None:
-                sentences.setdefault(sentence(again.program, rng), again.program)
+            text = again and _worded(again.program, rng)
+            if again is not None and text is not None:
+                sentences.setdefault(text, again.program)
     return {targets: list(sentences.items()) for targets, sentences in refs.items()}
 
 
-def _described(
-    targets: list[int], scene: tuple[SceneObject, ...], preset: Preset, rng: Random
-) -> tuple[int, Program] | tuple[None, None]:
+class Said(NamedTuple):
+    """A sentence about one object."""
+
+    target: int
+    text: str
+    program: Program
+
+
+def _described(targets: list[int], scene: Scene, preset: Preset, rng: Random) -> Said | None:
     """Draw a family by weight and describe the first target it fits; where it fits none, draw again."""
     weights = dict(preset.families)
     while weights:
         family = rng.choices(list(weights), list(weights.values()))[0]
         for target in targets:
-            program = describe(target, scene, family, preset.attributes, rng)
-            if program is not None:
-                return target, program
+            program = describe(target, scene, family, preset, rng)
+            text = program and _worded(program, rng)
+            if program is not None and text is not None:
+                return Said(target, text, program)
         del weights[family]
-    return None, None
+    return None
+
+
+def _worded(program: Program, rng: Random) -> str | None:
+    text = sentence(program, rng)
+    return text if text.count(" ") < LONGEST else None
 
 
 def _annotation(mask: np.ndarray, category: int) -> dict[str, Any]:
@@ -274,9 +319,7 @@ def _file_name(image_id: int) -> str:
     return f"COCO_train2014_{image_id:012d}.jpg"
 
 
-def _numbered(
-    config: GenerateConfig, jobs: list[Job], pictures: list[dict[str, Any]]
-) -> tuple[list, list, list]:
+def _numbered(jobs: list[Job], pictures: list[dict[str, Any]]) -> tuple[list, list, list]:
     """Number objects, references and sentences from 1, in the order of the pictures."""
     refs: list[dict] = []
     annotations: list[dict] = []
@@ -299,26 +342,15 @@ def _numbered(
                 {
                     "sent_ids": [s["sent_id"] for s in sentences],
                     "file_name": _file_name(job.image_id),
-                    "ann_id": [annotation["id"] for annotation in found] or [-1],
+                    "ann_id": [annotation["id"] for annotation in found],
                     "ref_id": len(refs) + 1,
                     "image_id": job.image_id,
                     "split": job.split,
-                    "category_id": [annotation["category_id"] for annotation in found] or [-1],
+                    "category_id": [annotation["category_id"] for annotation in found],
                     "sentences": sentences,
                 }
             )
-            if config.targets == "one":
-                refs[-1] |= _of_refer(refs[-1])
-            else:
-                refs[-1]["no_target"] = not found
     return refs, annotations, scenes
-
-
-def _of_refer(ref: dict[str, Any]) -> dict[str, Any]:
-    """What REFER writes otherwise than gRefCOCO: one annotation, whose number the file name ends in."""
-    (ann_id,), (category_id,) = ref["ann_id"], ref["category_id"]
-    file_name = ref["file_name"].replace(".jpg", f"_{ann_id}.jpg")
-    return {"file_name": file_name, "ann_id": ann_id, "category_id": category_id}
 
 
 def _instances(config: GenerateConfig, jobs: list[Job], annotations: list[dict]) -> dict[str, Any]:
@@ -335,7 +367,3 @@ def _instances(config: GenerateConfig, jobs: list[Job], annotations: list[dict])
             {"id": k, "name": shape, "supercategory": "shape"} for k, shape in enumerate(shapes, start=1)
         ],
     }
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")

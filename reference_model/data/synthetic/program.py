@@ -1,7 +1,7 @@
 """Programs: the meaning of a sentence as nested tuples, and what they pick in a scene.
 
     ("all",)                                    every object
-    ("filter", attribute, value, pool)          attribute is shape, colour or size
+    ("filter", attribute, value, pool)          attribute is shape, colour, size, pattern or second (colour)
     ("location", side, pool)                    side of the picture: left, right, top, bottom
     ("superlative", key, "min" | "max", pool)   key is x, y or scale
     ("relation", side, anchor, pool)            left, right, top (above) or bottom (below) of the one anchor
@@ -24,7 +24,8 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations
 from random import Random
 
-from reference_model.data.synthetic.scene import SceneObject
+from reference_model.data.synthetic.presets import Preset
+from reference_model.data.synthetic.scene import Scene, SceneObject
 
 POSITION_MARGIN = 0.06
 """Fraction of the picture's side."""
@@ -47,6 +48,15 @@ def execute(program: Program, scene: Sequence[SceneObject]) -> tuple[int, ...] |
         Indices of the objects it picks, ascending; None where an object within a margin, or an anchor, a
         number or a plural that the scene contradicts, leaves it undecided.
     """
+    if not isinstance(scene, Scene):
+        return _executed(program, scene)
+    # Descriptions of one scene are tried by the hundred, and most of their parts are the same.
+    if program not in scene.picked:
+        scene.picked[program] = _executed(program, scene)
+    return scene.picked[program]
+
+
+def _executed(program: Program, scene: Sequence[SceneObject]) -> tuple[int, ...] | None:
     if program == ("all",):
         return tuple(range(len(scene)))
     operation, *rest, inner = program
@@ -120,21 +130,22 @@ def singles_out(program: Program, scene: Sequence[SceneObject], target: int) -> 
 
 
 def family_of(program: Program) -> str:
-    """Name the family: attribute, location, corner (two locations), superlative (of size) or relation."""
-    operation, first, *_, inner = program
+    """Name the family: attribute, location, corner (two locations), superlative (of size), relation,
+    relations (two of one object) or hop (the anchor of a relation is itself described by one)."""
+    operation, first, *rest, inner = program
     if operation == "filter":
         return "attribute"
     if operation == "superlative" and first != "scale":
         return "location"
+    if operation == "relation":
+        return "hop" if rest[0][0] == "relation" else "relations" if inner[0] == "relation" else "relation"
     return "corner" if operation == inner[0] == "location" else operation
 
 
-def describe(
-    target: int, scene: Sequence[SceneObject], family: str, attributes: tuple[str, ...], rng: Random
-) -> Program | None:
+def describe(target: int, scene: Scene, family: str, preset: Preset, rng: Random) -> Program | None:
     """Propose programs of a family in random order; return the first that singles out the target, if any."""
-    pools = named(scene[target], attributes, rng)
-    for heads in _heads(target, scene, family, attributes, rng):
+    pools = _shuffled(_telling(target, scene, preset), preset, rng)
+    for heads in _heads(target, scene, family, preset, rng):
         for program in pools:
             for head in heads:
                 program = (*head, program)
@@ -144,7 +155,7 @@ def describe(
 
 
 def _heads(
-    target: int, scene: Sequence[SceneObject], family: str, attributes: tuple[str, ...], rng: Random
+    target: int, scene: Scene, family: str, preset: Preset, rng: Random
 ) -> Iterator[tuple[tuple, ...]]:
     """What a family wraps round the filters, inmost first; each is true of the target, or nearly so."""
     item = scene[target]
@@ -159,11 +170,33 @@ def _heads(
         sides = [(("location", side),) for side in (across, down)]
         ends = [(("superlative", key, end),) for key in "xy" for end in ("min", "max")]
         yield from rng.sample(sides + ends, len(sides + ends))
-    elif family == "relation":
-        for index in rng.sample(range(len(scene)), len(scene)):
-            anchor = describe(index, scene, "attribute", attributes, rng) if index != target else None
-            if anchor:
-                yield (("relation", direction(item, scene[index]), anchor),)
+    elif family == "relations":
+        yield from combinations(anchored(target, scene, "attribute", preset, rng), 2)
+    else:
+        for head in anchored(target, scene, "relation" if family == "hop" else "attribute", preset, rng):
+            yield (head,)
+
+
+def anchored(target: int, scene: Scene, family: str, preset: Preset, rng: Random) -> Iterator[tuple]:
+    """Relations of an object to others, described by a family; in random order, still without a pool."""
+    for index in rng.sample(range(len(scene)), len(scene)):
+        if index == target or scene[index].shape in preset.unsaid:
+            continue
+        side = direction(scene[target], scene[index])
+        if family == "relation" and not _serves(index, side, target, scene, preset):
+            continue
+        anchor = describe(index, scene, family, preset, rng)
+        # No way back: "the star below the circle that is above the star".
+        if anchor and not (family == "relation" and execute(anchor[2], scene) == (target,)):
+            yield ("relation", side, anchor)
+
+
+def _serves(index: int, side: str, target: int, scene: Scene, preset: Preset) -> bool:
+    """Say, before long work on its name, whether an anchor could tell the target from others like it."""
+    line = getattr(scene[index], AXES[side][0])
+    pools = [execute(pool, scene) or () for pool in _telling(target, scene, preset).values()]
+    found = (tuple(i for i in pool if i != index) for pool in pools if len(pool) > 1)
+    return any(_beyond(AXES[side], line, pool, scene) == (target,) for pool in found)
 
 
 def direction(item: SceneObject, anchor: SceneObject) -> str:
@@ -174,14 +207,38 @@ def direction(item: SceneObject, anchor: SceneObject) -> str:
     return "top" if dy < 0 else "bottom"
 
 
-def named(item: SceneObject, attributes: tuple[str, ...], rng: Random) -> list[Program]:
-    """Filters by every subset of an object's attributes, those with the shape rather first."""
-    subsets = [names for count in range(len(attributes) + 1) for names in combinations(attributes, count)]
-    subsets.sort(key=lambda names: rng.random() + 0.5 * ("shape" not in names))
-    programs = []
-    for names in subsets:
-        program: Program = ("all",)
-        for name in names:
-            program = ("filter", name, getattr(item, name), program)
-        programs.append(program)
-    return programs
+def named(item: SceneObject, preset: Preset, rng: Random) -> list[Program]:
+    """Filters by every subset of an object's attributes, in the order of `_shuffled`."""
+    return _shuffled(_all_filters(item, preset), preset, rng)
+
+
+def _telling(target: int, scene: Scene, preset: Preset) -> dict[tuple[str, ...], Program]:
+    """Subsets of an object's attributes, as filters, of which each tells something apart.
+
+    A filter that does not is one too many, whatever goes round it.
+    """
+    if target not in scene.pools:
+        scene.pools[target] = {
+            names: pool
+            for names, pool in _all_filters(scene[target], preset).items()
+            if all(execute(less, scene) != execute(pool, scene) for less in reductions(pool))
+        }
+    return scene.pools[target]
+
+
+def _all_filters(item: SceneObject, preset: Preset) -> dict[tuple[str, ...], Program]:
+    return {names: _filters(item, names) for names in preset.subsets if item.second or "second" not in names}
+
+
+def _shuffled(known: dict[tuple[str, ...], Program], preset: Preset, rng: Random) -> list[Program]:
+    """Filters in random order: rather first come those with the shape, and, where a preset likes detail,
+    those with more attributes."""
+    places = {names: rng.random() + bias for names, bias in preset.subsets.items()}
+    return [known[names] for names in sorted(known, key=places.__getitem__)]
+
+
+def _filters(item: SceneObject, names: tuple[str, ...]) -> Program:
+    program: Program = ("all",)
+    for name in names:
+        program = ("filter", name, getattr(item, name), program)
+    return program

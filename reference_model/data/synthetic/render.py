@@ -6,7 +6,7 @@ from random import Random
 import numpy as np
 from PIL import Image, ImageDraw
 
-from reference_model.data.synthetic.scene import SceneObject, outline
+from reference_model.data.synthetic.scene import SceneObject, markings, outline
 
 
 def painted_ids(scene: Sequence[SceneObject], size: int) -> np.ndarray:
@@ -43,12 +43,32 @@ def visible_ids(painted: np.ndarray) -> np.ndarray:
     return np.where(second == third, second, pair_below)
 
 
+def marked_ids(scene: Sequence[SceneObject], painted: np.ndarray) -> np.ndarray:
+    """Tell the stripes, spots and cores in painted ids from the bodies that they lie on.
+
+    Returns:
+        As `painted`, but with 1 + len(scene) + the index of the object where its second colour is seen.
+    """
+    if not any(item.second for item in scene):
+        return painted
+    canvas = Image.new("L", painted.shape[::-1])
+    draw = ImageDraw.Draw(canvas)
+    found = painted
+    for number, item in enumerate(scene, start=1):
+        if item.second:
+            canvas.paste(0, (0, 0, *canvas.size))
+            for points in markings(item):
+                draw.polygon((points * len(painted) - 0.5).ravel().tolist(), fill=1)
+            found = np.where((painted == number) & (np.asarray(canvas) == 1), len(scene) + number, found)
+    return found.astype(np.uint8)
+
+
 def picture(scene: Sequence[SceneObject], painted: np.ndarray, rng: Random) -> Image.Image:
-    """Colour the painted ids over a grey gradient, average the subpixels, add noise."""
+    """Colour the painted or marked ids over a grey gradient, average the subpixels, add noise."""
     size = len(painted) // 2
     random = np.random.default_rng(rng.getrandbits(64))
-    colours = np.zeros((len(scene) + 1, 3), dtype=np.uint16)
-    colours[1:] = [item.rgb for item in scene]
+    colours = np.zeros((2 * len(scene) + 1, 3), dtype=np.uint16)
+    colours[1:] = [item.rgb for item in scene] + [item.second_rgb or item.rgb for item in scene]
     parts = [painted[y::2, x::2] for y in range(2) for x in range(2)]
     objects = sum(np.take(colours, part, axis=0) for part in parts)
     bare = sum((part == 0).astype(np.float32) for part in parts) / 4

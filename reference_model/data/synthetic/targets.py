@@ -5,25 +5,25 @@ from itertools import pairwise
 from random import Random
 from typing import NamedTuple
 
+from reference_model.data.synthetic.presets import Preset
 from reference_model.data.synthetic.program import (
     AXES,
     OPPOSITE,
     Program,
+    anchored,
     describe,
     direction,
     execute,
     named,
     reductions,
 )
-from reference_model.data.synthetic.scene import Preset, SceneObject
+from reference_model.data.synthetic.scene import Scene
 
 KINDS = {"one": 0.6, "several": 0.28, "none": 0.12}
 """Kind of target -> its share of the references; gRefCOCO has all three, its own shares were not at hand."""
 
 SEVERAL = {"attribute": 0.35, "location": 0.25, "relation": 0.1, "pair": 0.3}
 """Family of sentences about several objects -> weight; relation only where the preset has it."""
-
-Scene = Sequence[SceneObject]
 
 
 class Described(NamedTuple):
@@ -50,7 +50,7 @@ def describe_again(targets: tuple[int, ...], scene: Scene, preset: Preset, rng: 
 def _one(scene: Scene, allowed: Sequence[int], preset: Preset, rng: Random) -> Iterator[Described]:
     for family in _drawn(preset.families, rng):
         for target in allowed:
-            program = describe(target, scene, family, preset.attributes, rng)
+            program = describe(target, scene, family, preset, rng)
             if program is not None:
                 yield Described((target,), program)
 
@@ -71,7 +71,7 @@ def _pairs(scene: Scene, allowed: Sequence[int], preset: Preset, rng: Random) ->
     """Two single objects; by attributes alone, since "... and the star on the left" could mean both."""
     items = rng.sample(allowed, len(allowed))
     for one, other in pairwise(items):
-        both = [describe(item, scene, "attribute", preset.attributes, rng) for item in (one, other)]
+        both = [describe(item, scene, "attribute", preset, rng) for item in (one, other)]
         if None not in both:
             yield ("and", *both)
 
@@ -82,7 +82,7 @@ def _plurals(
     """All objects of a description that needs each of its parts."""
     for item in rng.sample(allowed, len(allowed)):
         for head in _heads(scene, item, family, preset, rng):
-            for inner in named(scene[item], preset.attributes, rng):
+            for inner in named(scene[item], preset, rng):
                 pool = (*head, inner) if head else inner
                 picked = execute(pool, scene)
                 if picked is None or any(execute(less, scene) in (picked, None) for less in reductions(pool)):
@@ -99,10 +99,7 @@ def _heads(scene: Scene, item: int, family: str, preset: Preset, rng: Random) ->
     elif family == "location":
         yield from (("location", side) for side in rng.sample(list(AXES), len(AXES)))
     else:
-        for index in rng.sample(range(len(scene)), len(scene)):
-            anchor = describe(index, scene, "attribute", preset.attributes, rng) if index != item else None
-            if anchor:
-                yield ("relation", direction(scene[item], scene[index]), anchor)
+        yield from anchored(item, scene, "attribute", preset, rng)
 
 
 def _the_longer_way(picked: tuple[int, ...], pool: Program, scene: Scene) -> bool:
@@ -120,7 +117,11 @@ def _none(scene: Scene, allowed: Sequence[int], preset: Preset, rng: Random) -> 
     wanted = rng.random() < 0.6
     for _ in range(10):
         altered = _alterations(_true(scene, preset, rng), scene, preset)
-        false = [program for known, program in altered if known == wanted and execute(program, scene) == ()]
+        false = [
+            program
+            for known, program in altered
+            if known == wanted and execute(program, scene) == () and _thinkable(program)
+        ]
         if false:
             yield Described((), rng.choice(false))
 
@@ -131,9 +132,9 @@ def _true(scene: Scene, preset: Preset, rng: Random) -> Program:
     Half of it names two attributes or more, needed or not: only then can each be found in the picture, and no
     object have all.
     """
-    items = rng.sample(range(len(scene)), len(scene))
-    if rng.random() < 0.5:
-        full = [p for p in named(scene[items[0]], preset.attributes, rng) if len(list(reductions(p))) > 1]
+    items = [i for i in rng.sample(range(len(scene)), len(scene)) if scene[i].shape not in preset.unsaid]
+    if items and rng.random() < 0.5:
+        full = [p for p in named(scene[items[0]], preset, rng) if len(list(reductions(p))) > 1]
         return full[0]
     tried = _one if rng.random() < 0.7 else _several
     return next((found.program for found in tried(scene, items, preset, rng)), ("all",))
@@ -149,7 +150,7 @@ def _alterations(program: Program, scene: Scene, preset: Preset) -> Iterator[tup
         return
     *head, inner = program
     if head[0] == "filter":
-        values = {"shape": preset.shapes, "colour": preset.colours, "size": tuple(preset.scales)}[head[1]]
+        values = _values(preset)[head[1]]
         present = {getattr(item, head[1]) for item in scene}
         yield from (
             (value in present, ("filter", head[1], value, inner)) for value in values if value != head[2]
@@ -157,6 +158,28 @@ def _alterations(program: Program, scene: Scene, preset: Preset) -> Iterator[tup
     elif head[0] in ("location", "relation"):
         yield True, (head[0], OPPOSITE[head[1]], *head[2:], inner)
     yield from ((known, (*head, altered)) for known, altered in _alterations(inner, scene, preset))
+
+
+def _values(preset: Preset) -> dict[str, tuple[str, ...]]:
+    """Attribute -> what a sentence may say of it."""
+    return {
+        "shape": tuple(shape for shape in preset.shapes if shape not in preset.unsaid),
+        "colour": preset.colours,
+        "size": tuple(preset.scales),
+        "pattern": tuple(preset.patterns),
+        "second": preset.colours,
+    }
+
+
+def _thinkable(program: Program) -> bool:
+    """Say whether an object could be so; no plain star has red spots, and no red one."""
+    said = {}
+    while program != ("all",):
+        if program[0] == "filter":
+            said[program[1]] = program[2]
+        program = program[-1]
+    second = said.get("second")
+    return second is None or (said.get("colour") != second and said.get("pattern") != "plain")
 
 
 def _drawn(weights: dict[str, float], rng: Random) -> Iterator[str]:

@@ -2,8 +2,8 @@
 
 from random import Random
 
+from reference_model.data.synthetic.presets import PRESETS
 from reference_model.data.synthetic.program import Program
-from reference_model.data.synthetic.scene import PRESETS
 
 NOUNS = ("object", "shape", "thing")
 SIZES = {"small": ("small", "little"), "large": ("large", "big")}
@@ -35,6 +35,11 @@ RELATIONS = {
     "bottom": ("below", "under", "lower than"),
 }
 
+MARKED = {"plain": ("plain",), "striped": ("striped", "banded"), "spotted": ("spotted", "dotted")}
+"""Pattern -> adjectives, where nothing is said of the second colour."""
+MARKS = {"striped": ("stripes", "bands"), "spotted": ("spots", "dots"), "": ("markings",)}
+"""Pattern, or nothing said of it -> what is in the second colour; a core is the only one that is single."""
+
 NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight")
 """From 2 on."""
 # "fishes", or "the fish" could be one or several.
@@ -47,6 +52,8 @@ def sentence(program: Program, rng: Random) -> str:
     if operation == "and":
         # The second article always: in "the red star and circle" both could be red.
         one, other = _noun_phrase(rest[0], rng), _noun_phrase(inner, rng)
+        if " with " in other:  # "the star and the circle with spots" could mean two with spots
+            one, other = other, one
         return ("the " if rng.random() < 0.7 else "") + f"{one} and the {other}"
     if operation == "every":
         words = rng.choice(("all", "all the", "the", "every"))
@@ -58,13 +65,17 @@ def sentence(program: Program, rng: Random) -> str:
     return ("the " if rng.random() < 0.7 else "") + _noun_phrase(program, rng)
 
 
-def _noun_phrase(program: Program, rng: Random, *, plural: bool = False) -> str:
+def _noun_phrase(program: Program, rng: Random, *, plural: bool = False, nested: bool = False) -> str:
     adjectives: dict[str, str] = {}
     noun, front, behind, sides = rng.choice(NOUNS), [], [], []
+    said: dict[str, str] = {}
+    relations: list[str] = []
     while program != ("all",):
         operation, first, *rest, inner = program
         if operation == "filter" and first == "shape":
             noun = rest[0]
+        elif operation == "filter" and first in ("pattern", "second"):
+            said[first] = rest[0]
         elif operation == "filter":
             adjectives[first] = rest[0] if first == "colour" else rng.choice(SIZES[rest[0]])
         elif operation == "superlative":
@@ -75,8 +86,13 @@ def _noun_phrase(program: Program, rng: Random, *, plural: bool = False) -> str:
             sides.append(first)
         else:
             article = "the " if rng.random() < 0.9 else ""
-            behind.append(f"{rng.choice(RELATIONS[first])} {article}{_noun_phrase(rest[0], rng)}")
+            where = rng.choice(RELATIONS[first])
+            relations.append(f"{where} {article}{_noun_phrase(rest[0], rng, nested=True)}")
         program = inner
+    if relations:
+        behind.append("that is " * nested + " and ".join(relations))
+    if said:
+        _say_pattern(said, adjectives, behind, rng, plural=plural)
     if len(sides) == 2:
         behind.append(rng.choice(CORNERS).format(across=sides[0], down=sides[1]))
     elif sides and rng.random() < 0.3:
@@ -86,23 +102,41 @@ def _noun_phrase(program: Program, rng: Random, *, plural: bool = False) -> str:
     if len(adjectives) and noun in NOUNS and rng.random() < 0.5:
         noun = "one"
     noun = PLURALS.get(noun, f"{noun}s") if plural else noun
-    adjective = [adjectives[name] for name in ("size", "colour") if name in adjectives]
+    adjective = [adjectives[name] for name in ("size", "pattern", "colour") if name in adjectives]
     return " ".join([*front, *adjective, noun, *behind])
 
 
+def _say_pattern(
+    said: dict[str, str], adjectives: dict[str, str], behind: list[str], rng: Random, *, plural: bool
+) -> None:
+    """Word a pattern, a second colour or both, as an adjective or first of what stands behind the noun."""
+    pattern, second = said.get("pattern", ""), said.get("second", "")
+    if pattern in MARKED and not second:
+        adjectives["pattern"] = rng.choice(MARKED[pattern])
+        return
+    if pattern == "cored":
+        article = "an" if second == "orange" else "a"
+        words = f"{second} cores" if plural else f"{article} {second} core"
+    else:
+        words = f"{second} {rng.choice(MARKS[pattern])}"
+    behind.insert(0, " ".join(f"with {words}".split()))
+
+
 def _vocabulary() -> frozenset[str]:
-    tables = (SIZES, EXTREMES, FAR, SIDES, RELATIONS)
+    tables = (SIZES, EXTREMES, FAR, SIDES, RELATIONS, MARKED, MARKS)
     phrases = [phrase for table in tables for phrases in table.values() for phrase in phrases]
     named = [name for preset in PRESETS.values() for name in (*preset.shapes, *preset.colours)]
     corners = " ".join(CORNERS).format(across="left", down="top")
-    return frozenset(" ".join(["the one", corners, *NOUNS, *phrases, *named]).split())
+    return frozenset(
+        " ".join(["the one that is with a an core and", corners, *NOUNS, *phrases, *named]).split()
+    )
 
 
 VOCABULARY = _vocabulary()
 """Every word that a sentence of any preset can hold."""
 
 PLURAL_VOCABULARY = frozenset(
-    ["and", "all", "both", "every", *NUMBERS]
+    ["all", "both", "every", "cores", *NUMBERS]
     + [PLURALS.get(noun, f"{noun}s") for noun in ("one", *NOUNS, *PRESETS["standard"].shapes)]
 )
 """Every other word that a sentence about several objects can hold."""
