@@ -148,9 +148,11 @@ def _score_table(metrics: dict[str, Any]) -> str:
     names = list(dict.fromkeys(n for *_, scores in found for n, v in scores.items() if _is_number(v)))
     value = lambda v: f"{100 * v:.2f}" if isinstance(v, float) else _shown(v)
     rows = [[split, who, *(value(scores.get(n, "")) for n in names)] for split, who, scores in found]
+    told = [scores["evaluation"] for *_, scores in found if "evaluation" in scores]
+    sets = {f"`{said['dataset']}`, protocol `{said['protocol']}`" for said in told}
     note = (
-        "Per cent, as `metris evaluate` wrote them to `metrics.json`, which does not name its data set: the\n"
-        "one above unless it was told otherwise. Predictions other than METRIS never read the sentence.\n\n"
+        f"Per cent, as `metris evaluate` wrote them: {' and '.join(sorted(sets)) or 'of a set not named'}.\n"
+        "Predictions other than METRIS never read the sentence.\n\n"
     )
     return note + _table(["split", "prediction", *names], rows)
 

@@ -24,6 +24,8 @@ class EvaluateConfig:
     """How masks are compared, after the published evaluation code of that name; see scoring/protocols.py."""
     threshold: float | None = None
     """Probability above which a pixel belongs to the mask, in (0, 1). None: the protocol's."""
+    sentences: Literal["all", "first", "last", "random"] | None = None
+    """Which sentences of an object are scored; random draws one by its ref_id. None: the protocol's, all."""
     no_target_threshold: float = 0.5
     """Probability of "no target", where a model tells it, above which a mask is empty, in (0, 1)."""
     baselines: bool = False

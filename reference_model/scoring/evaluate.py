@@ -130,6 +130,8 @@ def _checked(config: EvaluateConfig) -> Protocol:
     protocol = PROTOCOLS[config.protocol]
     if config.threshold is not None:
         protocol = replace(protocol, threshold=config.threshold)
+    if config.sentences is not None:
+        protocol = replace(protocol, sentences=config.sentences)
     for name, value in (("threshold", protocol.cutoff), ("no_target_threshold", config.no_target_threshold)):
         if not 0 < value < 1:
             raise InputError(f"{name}: must be in (0, 1), got {value:g}; 0.5 is usual")
@@ -184,6 +186,7 @@ def _provenance(config: EvaluateConfig, reader: Reader, protocol: Protocol) -> d
         },
         "protocol": protocol.name,
         "threshold": protocol.cutoff,
+        "sentences": protocol.sentences,
         "no_target_threshold": config.no_target_threshold,
     }
 

@@ -119,6 +119,7 @@ def train(config: TrainConfig) -> Path:
         batch_size=2 * config.batch_size,
         workers=config.data.workers,
         device=device,
+        on_error=config.data.on_error,
     )
     first = list(islice(records, 1000)) if data.streamed else records
     report_overlong(tokenizer, first, model_config.max_tokens)
@@ -160,7 +161,7 @@ def train(config: TrainConfig) -> Path:
             # Evaluate, checkpoint
             due = epoch_ends and config.evaluate_every and sampler.epoch % config.evaluate_every == 0
             if step == steps or due:
-                scores = Evaluator().score(predictor, val, title="val")
+                scores = Evaluator(on_error=config.data.on_error).score(predictor, val, title="val")
                 log.write(step=step, seconds=time.monotonic() - started, val=scores)
                 best_by = "gIoU" if "gIoU" in scores else "mIoU"  # the former where some have no target
                 tqdm.write(

@@ -318,7 +318,14 @@ def test_metrics_say_what_was_scored_and_how(run, data, tmp_path):
     said = json.loads(out.read_text())["val"]["METRIS"]["evaluation"]
     assert said.pop("data").endswith("refcoco/refs(unc).p") and said.pop("checkpoint") == str(run)
     expected = {"dataset": "refcoco", "split_by": "unc", "generated": True, "protocol": "cris"}
-    assert said == expected | {"threshold": 0.35, "no_target_threshold": 0.4}
+    assert said == expected | {"threshold": 0.35, "no_target_threshold": 0.4, "sentences": "all"}
+
+
+def test_first_sentences_are_one_of_each_object(run, data, tmp_path):
+    found = scores_of(EvaluateConfig(data, run, sentences="first", out=tmp_path / "m.json"))
+    objects = {record.ref_id for record in read(data).records("val")}
+    assert found["count"] == len(objects) < len(read(data).records("val"))
+    assert found["evaluation"]["sentences"] == "first"
 
 
 def test_curve_is_written_beside_and_its_area_is_the_score(run, data, tmp_path):

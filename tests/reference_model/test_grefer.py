@@ -196,9 +196,9 @@ def test_absurdly_many_annotations_take_neither_time_nor_memory(tmp_path):
     whole = {"size": [8000, 10_000], "counts": [5, 80_000_000 - 5]}
     instances["annotations"] = [{"id": id, "image_id": 100, "segmentation": whole} for id in range(10, 1010)]
     refs = [ref(1, [*range(10, 1010), *([10] * 5000)], ["everything"])]
-    started = time.monotonic()
+    started = time.process_time()
     (record,) = GRefer(written(tmp_path, refs, instances), "grefcoco").records("train")
-    assert time.monotonic() - started < 10
+    assert time.process_time() - started < 10
     assert record.segmentation["size"] == [8000, 10_000]
 
 

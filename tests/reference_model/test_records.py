@@ -116,10 +116,10 @@ def test_record_with_the_bytes_of_its_image_is_a_short_line_and_a_key():
 
 
 def defect_of(segmentation, height=480, width=640):
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(InputError) as caught:
         segmentation_mask(segmentation, height, width, owner="here")
-    assert time.monotonic() - started < 5 and len(str(caught.value)) < 300
+    assert time.process_time() - started < 5 and len(str(caught.value)) < 300
     return str(caught.value)
 
 
@@ -136,9 +136,9 @@ def test_many_small_polygons_within_the_limits_are_drawn_in_seconds():
     rng = np.random.default_rng(0)
     corners = rng.integers(0, 400, (MOST_POINTS // 3, 2)).tolist()
     drawn = [[float(n) for n in (x, y, x + 2, y, x, y + 2)] for x, y in corners]
-    started = time.monotonic()
+    started = time.process_time()
     assert segmentation_mask(drawn, 480, 640, owner="here").any()
-    assert time.monotonic() - started < 20
+    assert time.process_time() - started < 20
 
 
 @pytest.mark.parametrize("side", [(20_000, 20_000), (10_000, 9_000), (20_001, 1), (0, 5), (True, 5)])
