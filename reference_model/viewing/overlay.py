@@ -13,15 +13,20 @@ _LARGEST_SIDE = 2048
 
 
 def overlay(
-    image: Image.Image, mask: np.ndarray, *, colour: tuple[int, int, int] = PREDICTION
+    image: Image.Image,
+    mask: np.ndarray,
+    *,
+    colour: tuple[int, int, int] = PREDICTION,
+    dim: bool = True,
 ) -> Image.Image:
     """Show the mask of an RGB image: its inside as it is, outlined, the rest grey and dim.
 
-    So the mark cannot be taken for an object's colour. Image and (h, w) bool mask have one size.
+    So the mark cannot be taken for an object's colour. Image and (h, w) bool mask have one size. Without
+    ``dim`` the rest stays as it is too, for whoever compares a sentence with all there is.
     """
     pixels = np.asarray(image)
-    dim = np.asarray(image.convert("L"), dtype=np.float32)[..., None] * _DIMMED
-    shown = np.where(mask[..., None], pixels, dim.round().astype(np.uint8))
+    grey = np.asarray(image.convert("L"), dtype=np.float32)[..., None] * _DIMMED
+    shown = np.where(mask[..., None], pixels, grey.round().astype(np.uint8)) if dim else pixels.copy()
     shown[_outline(mask, width=max(1, min(mask.shape) // 160))] = colour
     return Image.fromarray(shown)
 

@@ -81,7 +81,7 @@ def tile(record: Record) -> Image.Image:
     w, h = (max(1, round(side * scale)) for side in image.size)
     # Drawn at its final size: an outline of a huge photo would vanish when that is reduced.
     small = np.asarray(mask.resize((w, h), Image.Resampling.NEAREST))
-    drawn = overlay(image.resize((w, h)), small, colour=TRUTH)
+    drawn = overlay(image.resize((w, h)), small, colour=TRUTH, dim=False)
     square = Image.new("RGB", (SIDE, SIDE), "white")
     square.paste(drawn, ((SIDE - w) // 2, (SIDE - h) // 2))
     title = f"{record.split}, ref {record.ref_id}, sentence {record.sent_id}"
