@@ -74,6 +74,8 @@ def image_rows(folder: Path, rounds: int) -> list[Row]:
     def fill() -> object:
         return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, HEIGHT, WIDTH)))
 
+    require(np.array_equal(fill(), records[0].mask()), "mask", "pycocotools")
+    require(histogram(probability, truth)[1].sum() == truth.sum(), "histogram", "the mask")
     return _rows(
         rounds,
         ("image, one sentence", lambda: dataset.__getitems__([0]), "decoding by Pillow", decode),
@@ -109,6 +111,8 @@ def reader_rows(folder: Path, pictures: int, rounds: int) -> list[Row]:
         return lambda: sum(1 for _ in read(DataConfig(root)).stream("train"))
 
     sentences = whole(made)()
+    for name, root in places.items():
+        require(whole(root)() == sentences, name, "REFER")
     ways = [
         (f"{name}, {sentences} sentences", whole(root), "pickle and json alone", plain)
         for name, root in places.items()
@@ -143,6 +147,16 @@ def _peak(root: Path) -> int:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     return peak
+
+
+def require(same: bool, what: str, other: str) -> None:
+    """Refuse to time what is not the same thing.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if not same:
+        raise ValueError(f"{what}: differs from {other}; no row without truth")
 
 
 def _photo() -> Image.Image:

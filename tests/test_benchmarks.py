@@ -9,10 +9,11 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import baselines, cases, compare, conftest, report
+from benchmarks import baselines, cases, compare, conftest, data, report
 from benchmarks.cases import Case, require_truth
 from metris_blocks import VisualExpressionExtractor
 from metris_blocks.layers import MultiHeadAttention
@@ -248,3 +249,22 @@ def test_bench_compare_refuses(words, says, monkeypatch, capsys):
     with pytest.raises(SystemExit) as refusal:
         compare.main()
     assert refusal.value.code == 2 and says in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------- data and scoring
+
+
+def test_data_rows_are_measured_and_go_between_the_marks():
+    text = data.tables(rounds=1, pictures=3)
+    rows = [line.split("|") for line in text.splitlines() if line.count("|") == 5][2:]
+    ratios = [float(row[4]) for row in rows]
+    assert len(ratios) == 10 and all(ratio > 0 for ratio in ratios)
+    begin, end = data.MARKS
+    readme = report.between(f"a {begin} old {end} b", text, begin, end)
+    assert readme.startswith("a ") and readme.endswith(" b") and text in readme and "old" not in readme
+
+
+def test_data_rows_of_another_result_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(data.coco_mask, "decode", lambda runs: np.zeros((480, 640)))
+    with pytest.raises(ValueError, match="mask: differs from pycocotools"):
+        data.image_rows(tmp_path, 1)
