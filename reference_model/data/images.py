@@ -130,7 +130,7 @@ def open_mask(path: Path, height: int, width: int) -> np.ndarray:
                 f"{path}: has height {file.height} and width {file.width}, but its image has height {height} "
                 f"and width {width}; draw the mask at the size of the image"
             )
-        values = np.asarray(file)
+        values: np.ndarray = np.asarray(file)
         colours = 3 if file.mode in ("RGB", "RGBA") else 1
     return values != 0 if values.ndim == 2 else (values[..., :colours] != 0).any(axis=2)
 
@@ -169,7 +169,7 @@ def _refuse_other_than_png(file: Image.Image, name: str) -> None:
 
 def _orientation(file: Image.Image) -> int:
     try:
-        return file.getexif().get(_ORIENTATION_TAG, 1)
+        return int(file.getexif().get(_ORIENTATION_TAG, 1))
     except _DAMAGED:  # broken EXIF does not spoil the picture
         return 1
 

@@ -158,7 +158,7 @@ def split_of(entry: Any, where: str) -> str:
     Raises:
         InputError: It has none, or one that cannot be asked for.
     """
-    split = plain_field(entry, "split", str, where)
+    split: str = plain_field(entry, "split", str, where)
     plain = split.isprintable() and split == split.strip() and "," not in split
     if not (plain and 1 <= len(split) <= LONGEST_NAME):
         raise InputError(f"{where} has 'split' = {shown(split)}, expected a name such as train; {MEND}")

@@ -1,6 +1,6 @@
 """Whatever a file holds, a reader gives sound records or one line of InputError, and soon.
 
-The suite runs a few hundred cases of each reader. More, with a table:
+The suite runs 180 cases of each reader. More, with a table:
 
     python -m tests.reference_model.test_fuzz_readers 10000
 """
@@ -402,18 +402,18 @@ def test_sound_data_is_read(tmp_path, name):
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_changed_bytes_give_records_or_an_input_error(tmp_path, name):
     bench, rng = Bench(SUBJECTS[name], tmp_path), random.Random(17)
-    for _ in range(250):
+    for _ in range(120):
         bench.bytes_case(rng)
     assert set(bench.tally.cases) <= SOUND_ENDS, bench.tally.failures
-    assert min(bench.tally.cases["read"], bench.tally.cases["refused"]) > 10  # the changes reach both ends
+    assert min(bench.tally.cases["read"], bench.tally.cases["refused"]) > 2  # the changes reach both ends
 
 
 @pytest.mark.parametrize("name", [name for name in SUBJECTS if SUBJECTS[name].parts])
 def test_swapped_values_give_records_or_an_input_error(tmp_path, name):
     bench = Bench(SUBJECTS[name], tmp_path)
-    value_cases(bench, 120)
+    value_cases(bench, 60)
     assert set(bench.tally.cases) <= SOUND_ENDS, bench.tally.failures
-    assert min(bench.tally.cases["read"], bench.tally.cases["refused"]) > 10
+    assert min(bench.tally.cases["read"], bench.tally.cases["refused"]) > 2
 
 
 def main(arguments: list[str]) -> int:
