@@ -1,6 +1,7 @@
 """Training: the order of samples, the learning rate, and a run from data to checkpoint."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -71,6 +72,29 @@ def test_optimiser_decays_matrices_only():
     optimiser.step()
     changed = [not torch.equal(old, new) for old, new in zip(before, module.parameters())]
     assert changed == [True, False, False, False]
+
+
+def test_shared_temperature_is_one_parameter(another, monkeypatch):
+    held = {}
+
+    def watched(modules, **options):
+        held["model"], held["loss"] = modules
+        held["optimiser"] = adamw(modules, **options)
+        return held["optimiser"]
+
+    monkeypatch.setattr("reference_model.training.train.adamw", watched)
+    config = another(share_temperature=True)
+    model = replace(config.model, learn_aggregation_temperature=True, aggregation_temperature=0.3)
+    train(replace(config, model=model))
+    temperature = held["model"].guidance.extractor.aggregation.log_temperature
+    assert held["loss"].contrastive.log_temperature is temperature
+    assert sum(p is temperature for group in held["optimiser"].param_groups for p in group["params"]) == 1
+    assert temperature.exp().item() == pytest.approx(0.3, rel=0.05) and temperature.exp().item() != 0.3
+
+
+def test_shared_temperature_needs_one_to_share(another):
+    with pytest.raises(InputError, match=r"share_temperature: .* set model.learn_aggregation_temperature=true"):
+        train(another(share_temperature=True))
 
 
 def test_run_gives_a_checkpoint_and_a_log(run, run_config):
