@@ -1,6 +1,8 @@
 """How well predicted masks cover the true ones: oIoU, mIoU, P@X, and gRefCOCO's gIoU, cIoU, N-acc, T-acc."""
 
 import numpy as np
+import torch
+import torch.distributed as dist
 
 THRESHOLDS = (0.5, 0.7, 0.9)
 
@@ -73,9 +75,13 @@ class SegmentationMetrics:
     def compute(self) -> dict[str, float]:
         """Return the metrics as fractions 0 to 1, and ``count``, the number of expressions.
 
+        Where torch.distributed runs, the sums of all processes count, and all of them must ask.
+
         Raises:
             ValueError: No expression was added.
         """
+        if dist.is_initialized():
+            self._add_up()
         if not self.count:
             raise ValueError("SegmentationMetrics: nothing to compute, no expression was added")
         scores = {
@@ -91,3 +97,13 @@ class SegmentationMetrics:
             scores["N-acc"] = self.absent_found / self.absent if self.absent else 0.0
             scores["T-acc"] = self.present_found / present if present else 0.0
         return scores
+
+    def _add_up(self) -> None:
+        names = ("no_target", "count", "intersection", "union", "iou_sum", "absent", "absent_found")
+        names += ("present_found",)
+        sums = [float(getattr(self, name)) for name in names] + [float(x) for x in self.hits.values()]
+        total = torch.tensor(sums, dtype=torch.float64)
+        dist.all_reduce(total)
+        for name, value in zip(names, total.tolist()):
+            setattr(self, name, type(getattr(self, name))(value))
+        self.hits = dict(zip(self.hits, (int(x) for x in total[len(names) :].tolist())))

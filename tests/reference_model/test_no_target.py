@@ -27,7 +27,7 @@ from reference_model.model.no_target import NoTargetHead
 from reference_model.scoring.config import EvaluateConfig
 from reference_model.scoring.evaluate import Evaluator, evaluate, mask_at, predictions, table
 from reference_model.scoring.metrics import SegmentationMetrics
-from reference_model.training import train as training
+from reference_model.training import run as training
 from reference_model.training.train import train
 from reference_model.viewing import predict as viewing
 from reference_model.viewing.config import PredictConfig

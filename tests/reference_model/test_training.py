@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from reference_model.files import InputError
@@ -29,6 +29,55 @@ def test_sampler_gives_each_record_at_most_once_in_full_batches(image_ids, batch
     assert len(image_ids) - len(seen) < batch_size
     if len(image_ids) >= batch_size:
         assert all(len(batch) == batch_size for batch in batches)
+
+
+@given(
+    images,
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(0, 3),
+)
+def test_sampler_order_does_not_depend_on_processes(image_ids, piece, world, accumulate, per_image, done):
+    batch = piece * world * accumulate
+    assume(len(image_ids) >= batch)
+    options = {"per_image": per_image, "seed": 5}
+    alone = ImageGroupedSampler(image_ids, batch, **options)
+    done = min(done, alone.steps - 1)
+    ranks = [
+        ImageGroupedSampler(image_ids, batch, **options, rank=rank, world=world, accumulate=accumulate)
+        for rank in range(world)
+    ]
+    for sampler in ranks:
+        for _ in range(done):
+            sampler.advance()
+    taken = [list(sampler) for sampler in ranks]
+    assert all(len(pieces) == (alone.steps - done) * accumulate for pieces in taken)
+    assert all(len(piece_) == piece for pieces in taken for piece_ in pieces)
+    # m · world + rank: the pieces of the processes in turn are the batches of one process.
+    in_turn = [i for pieces in zip(*taken, strict=True) for piece_ in pieces for i in piece_]
+    assert in_turn == [i for step in list(alone)[done:] for i in step]
+
+
+def test_sampler_goes_on_where_it_was_in_the_middle_of_an_epoch():
+    whole = ImageGroupedSampler(range(50), 8, seed=1)
+    first, second = list(whole), (setattr(whole, "epoch", 1), list(whole))[1]
+    sampler, ends = ImageGroupedSampler(range(50), 8, seed=1), []
+    for _ in range(4):
+        ends.append(sampler.advance())
+    assert (sampler.epoch, sampler.position) == (0, 32) and list(sampler) == first[4:]
+    for _ in range(2):
+        ends.append(sampler.advance())
+    assert ends == [False] * 5 + [True]
+    assert (sampler.epoch, sampler.position) == (1, 0) and list(sampler) == second
+
+
+def test_sampler_refuses_a_batch_that_cannot_be_shared():
+    with pytest.raises(InputError, match=r"16 sentences cannot be cut into 3 processes x 2 .* multiple of 6"):
+        ImageGroupedSampler(range(50), 16, world=3, accumulate=2)
+    with pytest.raises(InputError, match=r"batch_size: is 16, but there are 9 sentences"):
+        ImageGroupedSampler(range(9), 16, world=2)
 
 
 @given(images, st.integers(1, 3))
@@ -65,7 +114,7 @@ def test_learning_rate_falls_by_the_power_to_zero_after_a_linear_rise():
 
 def test_optimiser_decays_matrices_only():
     module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2))
-    optimiser = adamw([module], learning_rate=0.1, weight_decay=0.5)
+    optimiser = adamw(module, learning_rate=0.1, weight_decay=0.5)
     before = [p.clone() for p in module.parameters()]
     for p in module.parameters():
         p.grad = torch.zeros_like(p)
@@ -77,12 +126,12 @@ def test_optimiser_decays_matrices_only():
 def test_shared_temperature_is_one_parameter(another, monkeypatch):
     held = {}
 
-    def watched(modules, **options):
-        held["model"], held["loss"] = modules
-        held["optimiser"] = adamw(modules, **options)
+    def watched(objective, **options):
+        held["model"], held["loss"] = objective.model, objective.loss
+        held["optimiser"] = adamw(objective, **options)
         return held["optimiser"]
 
-    monkeypatch.setattr("reference_model.training.train.adamw", watched)
+    monkeypatch.setattr("reference_model.training.learner.adamw", watched)
     config = another(share_temperature=True)
     model = replace(config.model, learn_aggregation_temperature=True, aggregation_temperature=0.3)
     train(replace(config, model=model))
@@ -93,7 +142,9 @@ def test_shared_temperature_is_one_parameter(another, monkeypatch):
 
 
 def test_shared_temperature_needs_one_to_share(another):
-    with pytest.raises(InputError, match=r"share_temperature: .* set model.learn_aggregation_temperature=true"):
+    with pytest.raises(
+        InputError, match=r"share_temperature: .* set model.learn_aggregation_temperature=true"
+    ):
         train(another(share_temperature=True))
 
 
