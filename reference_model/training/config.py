@@ -82,7 +82,7 @@ class TrainConfig:
     compile: bool = False
     """Compile the model with torch.compile; the first steps take minutes."""
     channels_last: bool = True
-    """Lay out weights of convolutions so that the channels of a pixel are side by side."""
+    """Lay out weights of convolutions so that the channels of a pixel are side by side; FSDP2 cannot."""
     tracker: Literal["none", "tensorboard", "trackio"] = "none"
     """Send the log there too, through accelerate; log.jsonl is written in any case."""
     dry_run: bool = False

@@ -36,7 +36,7 @@ class Learner:
         rates = {model.image_encoder: config.image_encoder_lr, model.text_encoder: config.text_encoder_lr}
         frozen = [encoder for encoder, rate in rates.items() if rate == 0]
         objective = Objective(model, loss, frozen=frozen).train().to(accelerator.device)
-        if config.channels_last:
+        if config.channels_last and not self.sharded:
             model.to(memory_format=torch.channels_last)
         if config.checkpoint_activations:
             scale.checkpoint_layers(model)
