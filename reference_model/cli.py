@@ -27,11 +27,15 @@ COMMANDS = {
     "train": ("training.config:TrainConfig", "training.train:train"),
     "evaluate": ("scoring.config:EvaluateConfig", "scoring.evaluate:evaluate"),
     "predict": ("viewing.config:PredictConfig", "viewing.predict:predict"),
+    "plot": ("viewing.config:PlotConfig", "viewing.plot:plot"),
     "ablate": ("training.config:AblateConfig", "ablate:ablate"),
     "profile": ("model.config:ProfileConfig", "profile:profile"),
     "push": ("model.config:PushConfig", "model.sharing:share"),
 }
 _WITH_PRESETS = ("train", "ablate", "profile")
+
+_FLAGS = ("--json", "--baselines", "--cache", "--private", "--dry_run", "--compile")
+_FLAGS += ("--checkpoint_activations",)
 
 _MENDABLE = {errno.ENAMETOOLONG, errno.EACCES, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -87,6 +91,8 @@ def parse(name: str, arguments: list[str]) -> Any:
         * (name in _WITH_PRESETS),
     )
     parser.add_class_arguments(config_class, as_group=False)
+    while name == "plot" and arguments and not arguments[0].startswith("-"):
+        arguments = [*arguments[1:], f"--runs+={arguments[0]}"]
     files, overrides, expressions = _split(arguments, parser.prog)
     if expressions and "expression" not in known_keys(config_class):
         refuse_unknown(parser.prog, "expression", config_class)
@@ -118,6 +124,7 @@ def _split(arguments: list[str], prog: str) -> tuple[list[Path], list[str], list
     waiting = list(arguments)
     while waiting:
         name, has_value, value = waiting.pop(0).partition("=")
+        name = "--dry_run" if name == "--dry-run" else name
         if name in ("--config", "--preset"):
             if not has_value and not waiting:
                 raise InputError(f"{prog}: {name} needs a value; see {prog} --help")
@@ -125,7 +132,7 @@ def _split(arguments: list[str], prog: str) -> tuple[list[Path], list[str], list
             files.append(preset_file(value) if name == "--preset" else Path(value))
         elif name == "--expression" and (has_value or waiting):
             expressions.append(value if has_value else waiting.pop(0))
-        elif name in ("--json", "--baselines", "--cache", "--private") and not has_value:
+        elif name in _FLAGS and not has_value:
             follows = waiting[:1] in (["true"], ["false"])
             overrides.append(f"{name}={waiting.pop(0) if follows else 'true'}")
         else:
