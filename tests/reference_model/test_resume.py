@@ -384,3 +384,15 @@ def test_random_numbers_of_all_three_kinds_go_on():
     assert draw() != first
     state.set_random_state(held)
     assert draw() == first
+
+
+def test_best_score_survives_a_kill(long_config, tmp_path, monkeypatch):
+    scored = iter([0.9, 0.2])
+    stub = lambda *_, **__: {"mIoU": next(scored), "oIoU": 0.0}
+    monkeypatch.setattr("reference_model.scoring.evaluate.Evaluator.score", stub)
+    config = replace(long_config, out=tmp_path / "run", save_every=0)
+    assert killed_at_step(STEPS, config) == -signal.SIGKILL  # after the evaluation at the end of the epoch
+    next(scored)  # in the child it was taken
+    best = digest(config.out)
+    train(config)
+    assert digest(config.out) == best
