@@ -17,7 +17,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: $(VENV)/.ready
 	$(BIN)/metris generate --root $(DEMO)/data --scenes easy --size 96 --train 3000 --val 120 --test 100 --workers 2
 	rm -rf "$(or $(DEMO),demo)/run"
-	$(BIN)/metris train --preset metris_tiny --data.root $(DEMO)/data --out $(DEMO)/run
+	$(BIN)/metris train --preset metris_tiny --data.root $(DEMO)/data --out $(DEMO)/run --seed $(or $(SEED),0)
 	$(BIN)/metris evaluate --checkpoint $(DEMO)/run --data.root $(DEMO)/data --splits val,testA,testB --baselines
 	$(BIN)/metris predict --checkpoint $(DEMO)/run --data.root $(DEMO)/data --split testA --count 4 --out $(DEMO)/pictures
 	$(BIN)/metris predict --checkpoint $(DEMO)/run --data.root $(DEMO)/data --split testB --count 4 --out $(DEMO)/pictures

@@ -27,6 +27,7 @@ COMMANDS = {
     "train": ("training.config:TrainConfig", "training.train:train"),
     "evaluate": ("scoring.config:EvaluateConfig", "scoring.evaluate:evaluate"),
     "predict": ("viewing.config:PredictConfig", "viewing.predict:predict"),
+    "plot": ("viewing.config:PlotConfig", "viewing.plot:plot"),
     "ablate": ("training.config:AblateConfig", "ablate:ablate"),
     "profile": ("model.config:ProfileConfig", "profile:profile"),
     "push": ("model.config:PushConfig", "model.sharing:share"),
@@ -36,15 +37,16 @@ COMMANDS = {
     "data show": ("viewing.config:ShowConfig", "viewing.samples:show"),
 }
 _WITH_PRESETS = ("train", "ablate", "profile")
-# command -> the options that bare words at its beginning stand for
+# command -> the options that bare words at its beginning stand for; one with + takes all that come
 _BARE = {
     "compare": ("--a", "--b"),
     "convert": ("--data.root",),
+    "plot": ("--runs+",),
     "data check": ("--data.root",),
     "data show": ("--data.root",),
 }
-
 _FLAGS = ("--json", "--baselines", "--breakdowns", "--intervals", "--images", "--cache", "--private")
+_FLAGS += ("--dry_run", "--compile", "--checkpoint_activations")
 
 _MENDABLE = {errno.ENAMETOOLONG, errno.EACCES, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -108,7 +110,8 @@ def parse(name: str, arguments: list[str]) -> Any:
     parser.add_class_arguments(config_class, as_group=False)
     bare = _BARE.get(name, ())
     while bare and arguments and not arguments[0].startswith("-"):
-        arguments, bare = [*arguments[1:], bare[0], arguments[0]], bare[1:]
+        arguments = [*arguments[1:], f"{bare[0]}={arguments[0]}"]
+        bare = bare if bare[0].endswith("+") else bare[1:]
     files, overrides, expressions = _split(arguments, parser.prog)
     if expressions and "expression" not in known_keys(config_class):
         refuse_unknown(parser.prog, "expression", config_class)
@@ -140,6 +143,7 @@ def _split(arguments: list[str], prog: str) -> tuple[list[Path], list[str], list
     waiting = list(arguments)
     while waiting:
         name, has_value, value = waiting.pop(0).partition("=")
+        name = "--dry_run" if name == "--dry-run" else name
         if name in ("--config", "--preset"):
             if not has_value and not waiting:
                 raise InputError(f"{prog}: {name} needs a value; see {prog} --help")

@@ -1,5 +1,6 @@
 """Files in and out: one error for what a user can mend, and writing that leaves nothing half-written."""
 
+import errno
 import os
 import shutil
 import tempfile
@@ -50,15 +51,19 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     try:
         fresh = room / path.name
         yield fresh
+        # On the disk before it has its name: a machine that loses power keeps the old one or the new.
+        for part in (fresh, *fresh.rglob("*")):
+            _flush(part)
         if not (fresh.is_dir() and path.is_dir()):
             os.replace(fresh, path)
-            return
-        os.replace(path, room / "replaced")
-        try:
-            os.replace(fresh, path)
-        except BaseException:
-            os.replace(room / "replaced", path)
-            raise
+        else:
+            os.replace(path, room / "replaced")
+            try:
+                os.replace(fresh, path)
+            except BaseException:
+                os.replace(room / "replaced", path)
+                raise
+        _flush(path.parent)
     except OSError as error:
         # A full disk names no file. An error about some other file is not ours to explain.
         if error.filename is not None and not str(error.filename).startswith((str(path), str(room))):
@@ -66,3 +71,15 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         raise InputError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
     finally:
         shutil.rmtree(room, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or the list of names in a folder, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot do it for folders
+            raise
+    finally:
+        os.close(descriptor)

@@ -96,11 +96,13 @@ class ShardedLoader:
     """Batches of a `ShardedDataset`; an epoch is ``len`` of them, for any count of worker processes.
 
     A process whose share gives fewer begins with it anew, so that all processes take equally many steps.
+    Where ``position`` is not 0, an epoch goes on in its middle: what comes before is read, and left out.
 
     Args:
         dataset: What to load.
         batch_size: Sentences per batch, fewer only where there are fewer in all.
         collate: Makes a batch of items.
+        accumulate: Batches that this process takes in one step.
         workers: Worker processes; 0 loads in this one.
         pin_memory: Put batches where copies to a GPU run beside the computation.
     """
@@ -111,23 +113,42 @@ class ShardedLoader:
         batch_size: int,
         collate: Callable[[list[Item]], Batch],
         *,
+        accumulate: int = 1,
         workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
         self.dataset = dataset
-        self.batch_size = max(1, min(batch_size, dataset.sentences // dataset.world))
+        pieces = dataset.world * accumulate
+        self.batch_size = max(1, min(batch_size, dataset.sentences // pieces))
+        self.accumulate = accumulate
+        self.steps = max(1, dataset.sentences // (self.batch_size * pieces))
+        """Optimiser steps of an epoch."""
+        self.sentences = dataset.sentences
+        self.images = sum(shard.samples for shard in dataset.shards)
+        self.position = 0
+        """Sentences of this epoch that are done, of all processes together."""
         self.collate = collate
         self.workers = workers
         self.pin_memory = pin_memory
         self.epoch = 0
 
     def __len__(self) -> int:
-        return max(1, self.dataset.sentences // (self.batch_size * self.dataset.world))
+        return self.steps * self.accumulate
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield the batches of the current epoch."""
+        """Yield the batches of the current epoch, from ``position`` on."""
         self.dataset.epoch = self.epoch
-        return islice(self._batches(), len(self))
+        done = self.position // (self.batch_size * self.dataset.world)
+        return islice(self._batches(), done, len(self))
+
+    def advance(self) -> bool:
+        """Count a step as done, and tell whether it was the last one of its epoch."""
+        step = self.batch_size * self.dataset.world * self.accumulate
+        self.position += step
+        if self.position < self.steps * step:
+            return False
+        self.epoch, self.position = self.epoch + 1, 0
+        return True
 
     def _batches(self) -> Iterator[Batch]:
         held: list[Item] = []

@@ -15,7 +15,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 def image_pixels(image: Image.Image, size: int) -> Tensor:
     """Resize an RGB image to (3, size, size) uint8 whatever its aspect, bilinear with antialiasing."""
     resized = image.resize((size, size), Image.Resampling.BILINEAR)
-    return rearrange(torch.from_numpy(np.array(resized)), "h w c -> c h w").contiguous()
+    return torch.from_numpy(np.ascontiguousarray(rearrange(np.asarray(resized), "h w c -> c h w")))
 
 
 def normalized(pixels: Tensor) -> Tensor:
@@ -32,5 +32,5 @@ def image_tensor(image: Image.Image, size: int) -> Tensor:
 
 def resize_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
     """Resize a bool mask to (height, width) bool: each pixel takes the value under its centre."""
-    resized = Image.fromarray(mask.astype(np.uint8)).resize((width, height), Image.Resampling.NEAREST)
-    return np.array(resized, dtype=bool)
+    resized = Image.fromarray(mask.view(np.uint8)).resize((width, height), Image.Resampling.NEAREST)
+    return np.array(resized).view(bool)

@@ -48,7 +48,13 @@ class MetrisLoss(nn.Module):
         self.contrastive = PixelContrastiveLoss(temperature=temperature)
 
     def forward(
-        self, output: MetrisOutput, target: Tensor, language_mask: Tensor, no_target: Tensor | None = None
+        self,
+        output: MetrisOutput,
+        target: Tensor,
+        language_mask: Tensor,
+        no_target: Tensor | None = None,
+        *,
+        word_share: Tensor | float = 1.0,
     ) -> Losses:
         """Compare.
 
@@ -57,9 +63,14 @@ class MetrisLoss(nn.Module):
             target: (b, h, w) in [0, 1].
             language_mask: (b, l) bool; True = real token.
             no_target: (b) bool; True = nothing in the image is meant. None: where ``target`` is empty.
+            word_share: Where this is one of several equal pieces of a batch and all words' scores are
+                supervised: its real words per word of the mean piece, so that the mean of the pieces' losses
+                is the loss of the batch.
         """
         mask = F.binary_cross_entropy_with_logits(output.logits.float(), target)
         contrastive, absence = self._contrastive(output, target, language_mask), mask.new_zeros(())
+        if self.contrastive_rows == "all":
+            contrastive = contrastive * word_share
         if output.no_target is not None:
             absent = target.flatten(1).amax(dim=1) == 0 if no_target is None else no_target
             absence = F.binary_cross_entropy_with_logits(output.no_target.float(), absent.float())

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from reference_model.data.collate import tokenize
 from reference_model.data.reader import OnError
 from reference_model.data.records import Record
-from reference_model.data.transforms import image_tensor
+from reference_model.data.transforms import image_pixels, normalized
 from reference_model.model.metris import METRIS, MetrisOutput
 from reference_model.scoring.answers import Answer, resized
 from reference_model.scoring.predictors import Answers, Groups, opened
@@ -70,7 +70,7 @@ class _Feeds(IterableDataset[_Feed]):
         records = [record for group in groups for record in group]
         expressions = [record.expression for record in records]
         tokens = tokenize(self.tokenizer, expressions, self.max_tokens, warn=False)
-        pixels = torch.stack([image_tensor(image, self.image_size) for image in images])
+        pixels = torch.stack([image_pixels(image, self.image_size) for image in images])
         index = torch.tensor([row for row, group in enumerate(groups) for _ in group])
         return _Feed(pixels, index, *tokens, records)
 
@@ -109,8 +109,8 @@ class MetrisPredictor:
         try:
             for images, index, token_ids, language_mask, records in loader:
                 with torch.inference_mode():
-                    inputs = (x.to(self.device) for x in (images, token_ids, language_mask, index))
-                    output = self.model(*inputs)
+                    pixels, *rest = (x.to(self.device) for x in (images, token_ids, language_mask, index))
+                    output = self.model(normalized(pixels), *rest)
                 yield from zip(records, answers_of(output), strict=True)
         finally:
             self.model.train(training)

@@ -21,11 +21,19 @@ class TrainConfig:
     steps: int | None = None
     """Optimiser steps, instead of epochs."""
     batch_size: int = 16
-    """Sentences per step; the paper's 16."""
+    """Sentences per optimiser step, of all processes together; the paper's 16."""
+    accumulate: int = 1
+    """Pieces of its share of a step's sentences that a process takes one after the other, each in less
+    memory. Batch norm sees one piece at a time. The paper names none."""
     sentences_per_image: int = 1
     """Sentences of one image that a batch holds together; their image is encoded once."""
     learning_rate: float = 3e-5
     """Where AdamW starts; the paper's 3e-5."""
+    image_encoder_lr: float = 1.0
+    """Multiplies the learning rate of the image encoder; 0 freezes it, with its dropout and batch statistics.
+    The paper names none (LAVT none, CRIS and ETRIS 0.1)."""
+    text_encoder_lr: float = 1.0
+    """The same for the text encoder."""
     warmup_steps: int = 0
     """Steps of linear warm-up from zero; the paper names none."""
     poly_power: float = 0.9
@@ -48,12 +56,50 @@ class TrainConfig:
     """Keep resized images and masks in memory, 3 and 1 bytes per pixel of image_size^2."""
     evaluate_every: int = 1
     """Epochs between two evaluations on val; 0 evaluates once, at the end."""
+    ema_decay: float | None = None
+    """Score and keep a moving average of the weights, which forgets this little a step, in (0, 1), such as
+    0.999. None: the weights themselves; the paper names no average."""
+    train_split: Literal["train", "train_seen"] = "train"
+    """Split to train on: all of it, or its seen classes (the paper's open-vocabulary setting)."""
+    val_split: Literal["val", "val_seen"] = "val"
+    """Split that selects the weights; no test split can."""
+    skip_nonfinite: int = 0
+    """Steps of a run that may be left out because their loss is not finite; one more stops it."""
+    save_every: int = 500
+    """Steps between two saved states, which a killed run goes on from; 0 saves at evaluations and SIGTERM
+    alone."""
+    keep_last: int = 2
+    """Saved states to keep, the newest; all go when the run is finished."""
+    keep_best: int = 1
+    """Best evaluations whose weights are kept: the best in the run itself, with 2 or more each in best/."""
+    precision: Literal["float32", "bf16", "fp16"] = "float32"
+    """Of the forward and backward pass; weights and their updates stay float32. fp16 needs a GPU. The paper
+    prints none."""
+    sharding: Literal["none", "fsdp2"] = "none"
+    """With several processes: each has all weights (DDP), or each a share of them (FSDP2)."""
+    checkpoint_activations: bool = False
+    """Compute each layer a second time for the backward pass instead of keeping what it holds in memory."""
+    compile: bool = False
+    """Compile the model with torch.compile; the first steps take minutes."""
+    channels_last: bool = True
+    """Lay out weights of convolutions so that the channels of a pixel are side by side; FSDP2 cannot."""
+    tracker: Literal["none", "tensorboard", "trackio"] = "none"
+    """Send the log there too, through accelerate; log.jsonl is written in any case."""
+    dry_run: bool = False
+    """Build everything, do two steps, print memory and the time the whole run would take; write nothing."""
     seed: int = 0
     """Of weights, order and dropout."""
     device: str = "auto"
-    """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one."""
+    """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one, under torchrun each process its own."""
     json: bool = False
     """Print the result as JSON."""
+
+
+RESOURCES = (
+    *("out", "device", "json", "dry_run", "cache", "tracker", "save_every", "keep_last"),
+    *("accumulate", "sharding", "checkpoint_activations", "compile"),
+)
+"""Fields that say where and with what a run is done and not what it computes: it may go on with others."""
 
 
 @dataclass(frozen=True)

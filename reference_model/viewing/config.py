@@ -1,6 +1,6 @@
 """What to predict, and where the pictures go; torch-free."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from reference_model.data.config import DataConfig
@@ -46,3 +46,15 @@ class PredictConfig:
     """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one."""
     json: bool = False
     """Print JSON instead of lines."""
+
+
+@dataclass(frozen=True)
+class PlotConfig:
+    """Draw what runs logged, one or several: losses, learning rate and val scores by step."""
+
+    runs: list[Path] = field(default_factory=list)
+    """Folders of runs, finished or not; may be given without the option's name."""
+    out: Path | None = None
+    """The picture, as PNG. None: log.png in the first run."""
+    json: bool = False
+    """Print JSON instead of a line."""

@@ -20,7 +20,7 @@ import reference_model.data.collate as collate_module
 from reference_model.data.collate import Collate, ReferringDataset, tokenize
 from reference_model.data.images import open_image
 from reference_model.data.records import Record
-from reference_model.data.transforms import image_tensor, resize_mask
+from reference_model.data.transforms import image_pixels, resize_mask
 from reference_model.files import InputError
 
 PIECES = ["un", "##believ", "##able"]
@@ -78,10 +78,10 @@ def test_batch_holds_each_image_once_and_every_sentence_its_own(records, cache, 
         assert len(batch.images) == len({records[index].image for index in order})
         for row, index in enumerate(order):
             record = records[index]
-            expected = image_tensor(open_image(record.image), 12)
+            expected = image_pixels(open_image(record.image), 12)
             torch.testing.assert_close(batch.images[batch.image_index[row]], expected, rtol=0, atol=0)
             torch.testing.assert_close(
-                batch.masks[row], torch.from_numpy(resize_mask(record.mask(), 12, 12)).float(), rtol=0, atol=0
+                batch.masks[row], torch.from_numpy(resize_mask(record.mask(), 12, 12)), rtol=0, atol=0
             )
             words = batch.token_ids[row][batch.language_mask[row]]
             assert words.tolist() == TOKENIZER(record.expression)["input_ids"]
@@ -119,7 +119,7 @@ def test_images_may_be_bytes_and_are_told_apart_by_their_numbers(records, tmp_pa
         batch = Collate(TOKENIZER)(ReferringDataset(source, 12).__getitems__(range(len(source))))
         assert len(batch.images) == len({one.image_id for one in source})
         for row in range(5):
-            expected = image_tensor(open_image(records[row].image), 12)
+            expected = image_pixels(open_image(records[row].image), 12)
             torch.testing.assert_close(batch.images[batch.image_index[row]], expected, rtol=0, atol=0)
 
 
@@ -171,7 +171,7 @@ def test_cached_masks_survive_the_way_to_another_process(records):
     moved = pickle.loads(pickle.dumps(dataset))
     for index, record in enumerate(records):
         torch.testing.assert_close(
-            moved[index].mask, torch.from_numpy(resize_mask(record.mask(), 12, 12)).float(), rtol=0, atol=0
+            moved[index].mask, torch.from_numpy(resize_mask(record.mask(), 12, 12)), rtol=0, atol=0
         )
 
 
@@ -179,7 +179,7 @@ def test_cache_hands_out_copies_that_a_caller_may_change(records):
     dataset = ReferringDataset(records, 12, cache=True)
     item = dataset[0]
     expected = item.image.clone(), item.mask.clone()
-    item.image.zero_(), item.mask.fill_(7)
+    item.image.zero_(), item.mask.logical_not_()
     torch.testing.assert_close(dataset[0].image, expected[0])
     torch.testing.assert_close(dataset[0].mask, expected[1])
 

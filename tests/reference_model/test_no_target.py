@@ -31,7 +31,7 @@ from reference_model.scoring.metrics import SegmentationMetrics
 from reference_model.scoring.metris_predictor import MetrisPredictor, mask_at, predictions
 from reference_model.scoring.protocols import PROTOCOLS
 from reference_model.scoring.table import score_table
-from reference_model.training import train as training
+from reference_model.training import run as training
 from reference_model.training.train import train
 from reference_model.viewing import predict as viewing
 from reference_model.viewing.config import PredictConfig

@@ -27,7 +27,7 @@ from reference_model.data.convert import convert
 from reference_model.data.layouts import read
 from reference_model.data.shards import Shards, ShardWriter
 from reference_model.data.streaming import ShardedDataset, ShardedLoader
-from reference_model.data.transforms import image_tensor, open_image, resize_mask
+from reference_model.data.transforms import image_pixels, open_image, resize_mask
 from reference_model.files import InputError
 from reference_model.scoring.config import EvaluateConfig
 from reference_model.scoring.evaluate import evaluate
@@ -460,7 +460,7 @@ def test_items_are_those_of_the_records(shards):
     dataset = ShardedDataset(Shards(shards), "train", 16)
     for items in dataset:
         for item in items:
-            expected = image_tensor(open_image(item.record.image), 16)
+            expected = image_pixels(open_image(item.record.image), 16)
             torch.testing.assert_close(item.image, expected, rtol=0, atol=0)
             assert np.array_equal(item.mask.numpy().astype(bool), resize_mask(item.record.mask(), 16, 16))
 
@@ -491,6 +491,26 @@ def test_loader_begins_each_epoch_in_another_order(shards):
     for loader.epoch in (0, 1, 0):
         orders.append([item.record.sent_id for batch in loader for item in batch])
     assert orders[0] == orders[2] != orders[1]
+
+
+@pytest.mark.parametrize(("workers", "world", "accumulate"), [(0, 1, 1), (2, 1, 2), (1, 2, 2)])
+def test_loader_goes_on_in_the_middle_of_an_epoch(workers, world, accumulate, shards):
+    def ids(done):
+        dataset = ShardedDataset(Shards(shards), "train", 16, rank=world - 1, world=world)
+        loader = ShardedLoader(dataset, 2, collated, accumulate=accumulate, workers=workers)
+        ends = [loader.advance() for _ in range(done)]
+        assert not any(ends) and loader.steps * accumulate == len(loader)
+        return [[item.record.sent_id for item in batch] for batch in loader]
+
+    whole = ids(0)
+    assert ids(3) == whole[3 * accumulate :]
+
+
+def test_loader_knows_where_an_epoch_ends(shards):
+    loader = ShardedLoader(ShardedDataset(Shards(shards), "train", 16), 4, collated, accumulate=2)
+    ends = [loader.advance() for _ in range(2 * loader.steps)]
+    assert [step for step, end in enumerate(ends, start=1) if end] == [loader.steps, 2 * loader.steps]
+    assert (loader.epoch, loader.position) == (2, 0)
 
 
 def test_rank_outside_of_the_world_is_refused(shards):

@@ -1,0 +1,135 @@
+"""What is trained, on one process or many: from the micro-batches of a step to new weights."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
+
+from reference_model.data.collate import Batch
+from reference_model.data.transforms import normalized
+from reference_model.model.loss import Losses, MetrisLoss
+from reference_model.model.metris import METRIS
+from reference_model.training import scale, state
+from reference_model.training.config import TrainConfig
+from reference_model.training.objective import Objective
+from reference_model.training.schedule import adamw
+
+
+class Learner:
+    """Model, loss, optimiser and average of a run, placed and wrapped as its config says.
+
+    Args:
+        config: Of the run.
+        model: METRIS, fresh.
+        loss: Its loss.
+        accelerator: Of the run.
+    """
+
+    def __init__(
+        self, config: TrainConfig, model: METRIS, loss: MetrisLoss, accelerator: Accelerator
+    ) -> None:
+        self.config, self.accelerator, self.model = config, accelerator, model
+        self.sharded = config.sharding == "fsdp2" and accelerator.num_processes > 1
+        rates = {model.image_encoder: config.image_encoder_lr, model.text_encoder: config.text_encoder_lr}
+        frozen = [encoder for encoder, rate in rates.items() if rate == 0]
+        objective = Objective(model, loss, frozen=frozen).train().to(accelerator.device)
+        if config.channels_last and not self.sharded:
+            model.to(memory_format=torch.channels_last)
+        if config.checkpoint_activations:
+            scale.checkpoint_layers(model)
+        scale.share_batch_norm(objective, accelerator)
+
+        self.average: AveragedModel | None = None
+        if config.ema_decay is not None:
+            self.average = AveragedModel(model, avg_fn=get_ema_avg_fn(config.ema_decay))
+        # Processes score different numbers of batches, so they do it with weights that are not spread.
+        self.copy = copy.deepcopy(model) if self.sharded else None
+        if self.sharded:
+            scale.shard(objective)
+            if self.average is not None:
+                scale.shard(self.average.module)
+        if config.compile:
+            model.compile()
+
+        self.bare = objective
+        """The objective under its own names; ``objective`` may be wrapped."""
+        self.optimiser = adamw(
+            objective,
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+            multipliers=rates,
+        )
+        self.parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
+        # FSDP2 averages gradients itself.
+        self.objective = objective if self.sharded else accelerator.prepare_model(objective)
+        self.stepper = accelerator.prepare_optimizer(self.optimiser)
+
+    def gradients(self, micro_batches: Sequence[Batch]) -> Tensor:
+        """Run a step's micro-batches forward and backward.
+
+        Returns:
+            `Losses` as a tensor of four, the mean over the micro-batches of this process.
+        """
+        self.stepper.zero_grad(set_to_none=True)
+        reported = []
+        for i, (batch, share) in enumerate(zip(micro_batches, self._word_shares(micro_batches)), start=1):
+            batch = batch.to(self.accelerator.device)
+            # An object may be too small for the resized mask: the records know better.
+            absent = torch.tensor([record.no_target for record in batch.records], device=batch.masks.device)
+            with scale.without_averaging(self.objective, last=i == len(micro_batches)):
+                with self.accelerator.autocast():
+                    losses: Losses = self.objective(
+                        normalized(batch.images),
+                        batch.image_index,
+                        batch.token_ids,
+                        batch.language_mask,
+                        batch.masks.float(),
+                        absent,
+                        share,
+                    )
+                self.accelerator.backward(losses.total / len(micro_batches))
+            reported.append(torch.stack([value.detach().float() for value in losses]))
+        return torch.stack(reported).mean(dim=0)
+
+    def update(self) -> None:
+        """Take the optimiser's step."""
+        if self.sharded:
+            scale.average_scalars(self.parameters)
+        if self.config.clip_norm is not None:
+            self.accelerator.unscale_gradients()
+            scale.clip_gradients(self.parameters, self.config.clip_norm)
+        self.stepper.step()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+
+    def kept(self) -> METRIS:
+        """Give the model whose weights are scored and kept, whole; all processes must ask."""
+        model = self.model if self.average is None else self.average.module
+        scale.take_from_first(model)
+        if self.copy is None:
+            return model
+        self.copy.load_state_dict({name: state.whole(t) for name, t in model.state_dict().items()})
+        return self.copy
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Gather all tensors of a state; all processes must ask, the first one gets them."""
+        named = state.named_tensors(self.bare, self.optimiser, self.average)
+        gathered = ((name, state.whole(tensor)) for name, tensor in named)
+        return {name: tensor.cpu() for name, tensor in gathered if self.accelerator.is_main_process}
+
+    def restore(self, tensors: dict[str, Tensor], scaler: dict[str, Any] | None) -> None:
+        """Put back what `tensors` gave."""
+        state.restore(tensors, self.bare, self.optimiser, self.average)
+        if self.accelerator.scaler is not None and scaler is not None:
+            self.accelerator.scaler.load_state_dict(scaler)
+
+    def _word_shares(self, micro_batches: Sequence[Batch]) -> list[float]:
+        """Give each piece's real words per word of the mean piece, over all processes."""
+        if self.config.contrastive_rows == "global":
+            return [1.0] * len(micro_batches)
+        words = torch.tensor([float(batch.language_mask.sum()) for batch in micro_batches])
+        return (words / scale.mean_over_processes(words.mean(dim=0, keepdim=True))).tolist()
