@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
 
-.PHONY: demo ablations test test-slow check bench bench-gpu bench-report bench-data bench-compare clean
+.PHONY: demo ablations test test-slow check bench bench-gpu bench-report bench-data bench-train bench-compare clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("metris-blocks needs Python >= 3.11, found " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
@@ -63,6 +63,10 @@ bench-report: $(VENV)/.ready
 # Images, masks, readers and metrics, each beside what no way can avoid; rewrites their table in the README.
 bench-data: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.data --write
+
+# Steps of metris train: seconds, waiting for data, memory, bf16, compiled; a quarter of an hour on a CPU.
+bench-train: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.training --write
 
 # This working tree beside another revision, in turns: make bench-compare BASE=HEAD~1 ONLY='extractor .*stage4'
 bench-compare: $(VENV)/.ready

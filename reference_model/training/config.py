@@ -65,6 +65,8 @@ class TrainConfig:
     """Split that selects the weights; no test split can."""
     skip_nonfinite: int = 0
     """Steps of a run that may be left out because their loss is not finite; one more stops it."""
+    log_every: int = 10
+    """Steps between two lines of the log and of the bar."""
     save_every: int = 500
     """Steps between two saved states, which a killed run goes on from; 0 saves at evaluations and SIGTERM
     alone."""
@@ -96,7 +98,7 @@ class TrainConfig:
 
 
 RESOURCES = (
-    *("out", "device", "json", "dry_run", "cache", "tracker", "save_every", "keep_last"),
+    *("out", "device", "json", "dry_run", "cache", "tracker", "log_every", "save_every", "keep_last"),
     *("accumulate", "sharding", "checkpoint_activations", "compile"),
 )
 """Fields that say where and with what a run is done and not what it computes: it may go on with others."""

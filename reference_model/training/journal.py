@@ -7,17 +7,19 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
 
 from reference_model.files import written_whole
 from reference_model.model.cost import device_name
+
+T = TypeVar("T")
 
 LOG, NOTE = "log.jsonl", "run.json"
 _PACKAGES = ("metris-blocks", "torch", "timm", "transformers", "accelerate", "safetensors", "numpy", "pillow")
@@ -63,7 +65,7 @@ def _step(line: str) -> float:
 
 
 class Meter:
-    """Images per second and memory, over what was trained since it was last read."""
+    """Images per second, time spent waiting for them, and memory, since it was last read."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -71,20 +73,36 @@ class Meter:
 
     def start(self) -> None:
         """Begin anew, so that what was not training is not counted."""
-        self.images, self.step_seconds = 0, 0.0
+        self.images, self.steps, self.step_seconds, self.waited = 0, 0, 0.0, 0.0
         self.since = self.latest = time.monotonic()
+
+    def waiting(self, batches: Iterator[T]) -> Iterator[T]:
+        """Yield the batches, and time how long each is waited for."""
+        while True:
+            began = time.monotonic()
+            batch = next(batches, None)
+            self.waited += time.monotonic() - began
+            if batch is None:
+                return
+            yield batch
 
     def count(self, images: int) -> None:
         """Count a step."""
-        self.images += images
+        self.images, self.steps = self.images + images, self.steps + 1
         now = time.monotonic()
         self.step_seconds, self.latest = now - self.latest, now
 
     def read(self) -> dict[str, float]:
-        """Give both; the next reading counts from here."""
-        rate = self.images / max(self.latest - self.since, 1e-9)
-        self.images, self.since = 0, self.latest
-        return {"images_per_second": round(rate, 2), "memory_MiB": peak_memory(self.device)}
+        """Give them, the waiting as a share of the time; the next reading counts from here."""
+        seconds = max(self.latest - self.since, 1e-9)
+        found = {
+            "images_per_second": round(self.images / seconds, 2),
+            "step_seconds": round(seconds / max(self.steps, 1), 4),
+            "data_wait": round(self.waited / seconds, 4),
+            "memory_MiB": peak_memory(self.device),
+        }
+        self.images, self.steps, self.waited, self.since = 0, 0, 0.0, self.latest
+        return found
 
 
 def peak_memory(device: torch.device) -> int:

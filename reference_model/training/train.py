@@ -143,7 +143,8 @@ def train(config: TrainConfig) -> Path:
     meter, stop = Meter(accelerator.device), Stop()
     bar = progress_bar(run.step, last, shown=accelerator.is_main_process)
     with stop, bar, Log(run.log_path, done=run.step) as log:
-        for step, micro_batches in zip(range(run.step + 1, last + 1), _steps_of(loader, config.accumulate)):
+        batches = meter.waiting(_steps_of(loader, config.accumulate))
+        for step, micro_batches in zip(range(run.step + 1, last + 1), batches):
             means = learner.gradients(micro_batches)
             shared = scale.mean_over_processes(torch.cat([means, means.new_tensor([stop.asked])])).tolist()
             losses, stopping = Losses(*shared[:-1]), shared[-1] > 0
@@ -157,7 +158,7 @@ def train(config: TrainConfig) -> Path:
             run.step = step
             meter.count(sum(len(batch.images) for batch in micro_batches) * accelerator.num_processes)
             bar.update()
-            if step % 10 == 0 or step == last:
+            if step % config.log_every == 0 or step == last:
                 entry = {"learning_rate": rate, **losses._asdict(), **meter.read()}
                 bar.set_postfix_str(_shown(entry))
                 log.write(step=step, seconds=run.seconds, **entry)
@@ -211,7 +212,8 @@ def _steps_of(loader: DataLoader | ShardedLoader, accumulate: int) -> Iterator[l
 def _shown(entry: dict[str, float]) -> str:
     return (
         f"loss={entry['total']:.3f}, lr={entry['learning_rate']:.1e}, "
-        f"{entry['images_per_second']:.1f} images/s, {entry['memory_MiB']} MiB"
+        f"{entry['images_per_second']:.1f} images/s ({entry['data_wait']:.0%} waiting), "
+        f"{entry['memory_MiB']} MiB"
     )
 
 
@@ -246,7 +248,7 @@ def _tokenizer(model: ModelConfig, sentences: Iterable[str]) -> tuple[PreTrained
 
 def _check_ranges(config: TrainConfig) -> None:
     positive = ["epochs", "batch_size", "sentences_per_image", "learning_rate", "contrastive_temperature"]
-    positive += ["accumulate", "keep_last", "keep_best"]
+    positive += ["accumulate", "keep_last", "keep_best", "log_every"]
     positive += [name for name in ("steps", "clip_norm") if getattr(config, name) is not None]
     for name in positive:
         if not 0 < getattr(config, name) < math.inf:

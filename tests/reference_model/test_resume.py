@@ -130,7 +130,7 @@ def digest(run: Path) -> str:
 
 def scores(run: Path) -> list:
     entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    timed = ("seconds", "images_per_second", "memory_MiB")
+    timed = ("seconds", "images_per_second", "step_seconds", "data_wait", "memory_MiB")
     return [{key: value for key, value in entry.items() if key not in timed} for entry in entries]
 
 

@@ -14,7 +14,7 @@ from reference_model.files import InputError
 from reference_model.model.build import build_metris
 from reference_model.model.checkpoint import load_checkpoint
 from reference_model.model.metris import METRIS
-from reference_model.training import scale
+from reference_model.training import journal, scale
 from reference_model.training.learner import Learner
 from reference_model.training.sampler import ImageGroupedSampler
 from reference_model.training.schedule import adamw, polynomial_decay
@@ -436,3 +436,26 @@ def test_tracker_that_is_not_installed_is_refused(another, monkeypatch):
 def test_log_says_what_a_person_wants_to_see(run):
     entry = json.loads((run / "log.jsonl").read_text().splitlines()[0])
     assert entry["images_per_second"] > 0 and entry["memory_MiB"] > 50
+
+
+def test_log_tells_the_share_of_time_that_was_spent_waiting_for_data(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(journal.time, "monotonic", lambda: now[0])
+
+    def passing(seconds):
+        now[0] += seconds
+
+    def loader():
+        for _ in range(4):
+            passing(1.0)
+            yield "batch"
+
+    meter = journal.Meter(torch.device("cpu"))
+    for _ in meter.waiting(loader()):
+        passing(3.0)
+        meter.count(6)
+    found = meter.read()
+    assert found["data_wait"] == 0.25 and found["step_seconds"] == 4.0 and found["images_per_second"] == 1.5
+    passing(8.0)
+    meter.count(2)
+    assert meter.read()["data_wait"] == 0.0
