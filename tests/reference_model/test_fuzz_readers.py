@@ -13,6 +13,7 @@ import pickle
 import random
 import signal
 import sys
+import tarfile
 import tempfile
 import time
 import warnings
@@ -31,12 +32,16 @@ from PIL import Image
 from pyarrow import parquet
 
 from reference_model.data.collate import ReferringDataset
+from reference_model.data.config import ConvertConfig, DataConfig
+from reference_model.data.convert import convert
 from reference_model.data.cris import Cris
 from reference_model.data.grefer import GRefer, RefZom
 from reference_model.data.hub import Hub
 from reference_model.data.images import image_size, open_image, open_mask
 from reference_model.data.jsonl import Jsonl
 from reference_model.data.refer import Refer
+from reference_model.data.shards import Shards
+from reference_model.data.streaming import ShardedDataset
 from reference_model.files import InputError
 from tests.reference_model import test_cris, test_grefer, test_hub, test_jsonl, test_refer
 
@@ -134,6 +139,58 @@ def read_images(root, on_error):
     assert open_mask(root / "mask.png", 12, 16).shape == (12, 16)
 
 
+def read_shards(root, on_error):
+    """Stream and decode every split; what the index says of the sizes of shards is made true first."""
+    index = root / "index.json"
+    before = index.read_bytes()
+    with suppress(ValueError, TypeError, KeyError, AttributeError, OSError, RecursionError):
+        told = json.loads(before)
+        for shard in told["shards"]:
+            shard["bytes"] = (root / Path(shard["name"]).name).stat().st_size
+        index.write_text(json.dumps(told))
+    try:
+        reader = Shards(root, on_error=on_error)
+        for split in reader.splits:
+            for record in reader.stream(split):
+                assert record.mask().shape == (record.height, record.width)
+                assert type(record.image) is bytes and record.expression.strip() != ""
+            dataset = ShardedDataset(reader, split, 8)
+            assert all(item.image.shape == (3, 8, 8) for items in dataset for item in items)
+    finally:
+        index.write_bytes(before)
+
+
+def as_tar(value):
+    """A tar of members [name, content], where a content that is not bytes is JSON."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.GNU_FORMAT) as archive:
+        for name, content in value:
+            data = content if isinstance(content, bytes) else as_json(content)
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return stream.getvalue()
+
+
+def shards_subject(refs, instances):
+    """The data set of the subject refer, converted."""
+    with tempfile.TemporaryDirectory() as folder:
+        test_refer.written(Path(folder) / "refer", refs, instances)
+        made = convert(ConvertConfig(DataConfig(Path(folder) / "refer"), Path(folder) / "shards"))
+        files = {path.name: path.read_bytes() for path in sorted(made.iterdir())}
+    name = "train-000000.tar"
+    with tarfile.open(fileobj=io.BytesIO(files[name])) as archive:
+        members = [[member.name, archive.extractfile(member).read()] for member in archive]
+    parted = [[path, json.loads(data) if path.endswith(".json") else data] for path, data in members]
+
+    def write(root):
+        for path, data in files.items():
+            (root / path).write_bytes(data)
+
+    index = Part(json.loads(files["index.json"]), as_json)
+    return Subject(write, {"index.json": index, name: Part(parted, as_tar)}, read_shards)
+
+
 def write_images(root):
     picture = Image.effect_noise((16, 12), 90).convert("RGB")
     exif = Image.Exif()
@@ -210,6 +267,7 @@ def subjects() -> dict[str, Subject]:
             lambda root, on_error: read_whole(Jsonl(root / "data.jsonl", on_error=on_error)),
             ("one.png", "pictures/a.jpg"),
         ),
+        "shards": shards_subject(refs, instances),
         "images": Subject(
             write_images,
             {},
