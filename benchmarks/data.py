@@ -67,9 +67,12 @@ def image_rows(folder: Path, rounds: int) -> list[Row]:
     probability = np.random.default_rng(0).random((SIZE, SIZE), dtype=np.float32)
     truth = probability > 0.7
 
-    def decode() -> object:
+    def decode() -> Image.Image:
         with Image.open(path) as image:
             return image.convert("RGB")
+
+    def resize() -> object:
+        return decode().resize((SIZE, SIZE), Image.Resampling.BILINEAR)
 
     def fill() -> object:
         return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, HEIGHT, WIDTH)))
@@ -79,6 +82,7 @@ def image_rows(folder: Path, rounds: int) -> list[Row]:
     return _rows(
         rounds,
         ("image, one sentence", lambda: dataset.__getitems__([0]), "decoding by Pillow", decode),
+        ("image, one sentence", lambda: dataset.__getitems__([0]), "decoding and resizing by Pillow", resize),
         (
             "image, masks, five sentences",
             lambda: dataset.__getitems__(range(5)),
