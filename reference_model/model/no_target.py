@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from reference_model.model.guidance import GuidanceSet
+from reference_model.model.guidance import Guided
 
 
 class NoTargetHead(nn.Module):
@@ -16,7 +16,7 @@ class NoTargetHead(nn.Module):
         super().__init__()
         self.mlp = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 1))
 
-    def forward(self, guidance: GuidanceSet) -> Tensor:
+    def forward(self, guidance: Guided) -> Tensor:
         """Guidance tokens (b, g, d) -> logits (b); > 0 means that there is no target."""
         votes = self.mlp(guidance.tokens)[..., 0].masked_fill(~guidance.mask, 0)
         return votes.sum(dim=1) / guidance.mask.sum(dim=1).clamp_min(1)

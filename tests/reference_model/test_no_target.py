@@ -20,7 +20,7 @@ from reference_model.data.transforms import open_image
 from reference_model.files import InputError
 from reference_model.model.build import build_metris
 from reference_model.model.checkpoint import load_checkpoint
-from reference_model.model.guidance import GuidanceSet
+from reference_model.model.guidance import Guided
 from reference_model.model.loss import MetrisLoss
 from reference_model.model.metris import MetrisOutput
 from reference_model.model.no_target import NoTargetHead
@@ -41,7 +41,7 @@ from reference_model.viewing.predict import answers, predict, predict_masks
 
 
 def guidance_of(tokens, mask):
-    return GuidanceSet(tokens, mask, None, None)
+    return Guided(tokens, mask, None, None)
 
 
 def test_head_is_the_mean_vote_of_real_tokens():

@@ -1,0 +1,53 @@
+"""The guidance set: linguistic and visual expression tokens side by side, with one mask (METRIS 3.3)."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from metris_blocks.ops.shapes import check_axes, check_mask, zero_unless_any
+
+
+class GuidanceSet(NamedTuple):
+    """Tokens for a decoder to attend to, g of them, and which of these take part.
+
+    `masked_attention` and `layers.MultiHeadAttention` take ``mask`` as it is, and so does
+    `torch.nn.functional.scaled_dot_product_attention` as ``mask[:, None, None]``;
+    `torch.nn.MultiheadAttention` wants ``key_padding_mask=~mask``.
+    """
+
+    tokens: Tensor
+    """(b, g, d); zero where ``mask`` is False."""
+    mask: Tensor
+    """(b, g) bool; True = takes part."""
+
+    @classmethod
+    def join(cls, *parts: tuple[Tensor, Tensor | None]) -> "GuidanceSet":
+        """Put parts side by side: G = [Q̂_L, Q̂_V], or any others of one width.
+
+        ``GuidanceSet.join((language, language_mask), (expression.tokens, expression.mask))``
+
+        Args:
+            parts: Tokens (b, s, d) and their mask (b, s) bool, True = takes part, or None: all do. Tokens
+                that take no part may hold anything, NaN too.
+
+        Raises:
+            ValueError: There is no part, or batch or width differ between parts.
+            TypeError: A mask is not bool.
+        """
+        if not parts:
+            raise ValueError("GuidanceSet.join: needs at least one part, (tokens, mask)")
+        op, first, tokens, masks = "GuidanceSet.join", parts[0][0], [], []
+        for i, (part, mask) in enumerate(parts):
+            names = {"part_0": (first, "b s0 d")} if i else {}
+            axes = {**names, f"part_{i}": (part, f"b s{i} d")}
+            if mask is None:
+                check_axes(op, **axes)
+                mask = torch.ones(part.shape[:2], dtype=torch.bool, device=part.device)
+            else:
+                check_axes(op, **axes, **{f"mask_{i}": (mask, f"b s{i}")})
+                check_mask(op, **{f"mask_{i}": mask})
+                (part,) = zero_unless_any(mask, part)
+            tokens.append(part)
+            masks.append(mask)
+        return cls(torch.cat(tokens, dim=1), torch.cat(masks, dim=1))
