@@ -33,6 +33,8 @@ COMMANDS = {
     "compare": ("scoring.config:CompareConfig", "scoring.compare:compare"),
     "convert": ("data.config:ConvertConfig", "data.convert:convert"),
     "data check": ("data.config:CheckConfig", "data.check:check"),
+    "app": ("viewing.config:AppConfig", "app:app"),
+    "figures": ("viewing.config:FiguresConfig", "viewing.figures:figures"),
     "data show": ("viewing.config:ShowConfig", "viewing.samples:show"),
 }
 _WITH_PRESETS = ("train", "ablate", "profile")
@@ -41,6 +43,8 @@ _BARE = {
     "compare": ("--a", "--b"),
     "convert": ("--data.root",),
     "data check": ("--data.root",),
+    "app": ("viewing.config:AppConfig", "app:app"),
+    "figures": ("viewing.config:FiguresConfig", "viewing.figures:figures"),
     "data show": ("--data.root",),
 }
 

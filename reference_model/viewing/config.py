@@ -46,3 +46,49 @@ class PredictConfig:
     """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one."""
     json: bool = False
     """Print JSON instead of lines."""
+
+
+@dataclass(frozen=True)
+class FiguresConfig:
+    """Draw the paper's figures from a run, as PNG and PDF: masks, attention, t-SNE, curves."""
+
+    checkpoint: Path
+    """Folder that train wrote."""
+    data: DataConfig | None = None
+    """Data set to draw from. None: the one that the run was trained on."""
+    against: str | None = None
+    """Other runs, separated by commas, that stand beside it in the figures that compare."""
+    split: str = "val"
+    """Split of the samples."""
+    limit: int = 100
+    """Images, evenly spaced over the split, behind curves and means, 1 or more; all if it has no more."""
+    count: int = 4
+    """Rows of a grid of pictures, in [1, 12]."""
+    ratios: str = "0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8"
+    """Shares r of curated tokens that the run is scored with, each in (0, 1], separated by commas."""
+    ablation: Path | None = None
+    """A table-fig6.csv of ``metris ablate --table fig6``: models trained with each r, drawn beside that."""
+    out: Path | None = None
+    """Folder of the figures. None: figures, in the run."""
+    seed: int = 0
+    """Of t-SNE and of the pixels it shows, 0 or more."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+
+@dataclass(frozen=True)
+class AppConfig:
+    """Serve a page on this computer: an image in, sentences in, masks and all on the way to them out."""
+
+    checkpoint: Path | None = None
+    """Folder that train wrote. None: the demo's, trained first if it is not there (minutes)."""
+    demo: Path = Path("demo")
+    """Folder of the demo, for its data and its run, where no checkpoint is given."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 127.0.0.1 is this computer alone, 0.0.0.0 lets others in."""
+    port: int = 7860
+    """Port to listen on, in [1, 65535]."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one."""
