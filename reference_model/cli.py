@@ -33,6 +33,7 @@ COMMANDS = {
     "compare": ("scoring.config:CompareConfig", "scoring.compare:compare"),
     "convert": ("data.config:ConvertConfig", "data.convert:convert"),
     "data check": ("data.config:CheckConfig", "data.check:check"),
+    "report": ("viewing.config:ReportConfig", "viewing.report:report"),
     "app": ("viewing.config:AppConfig", "app:app"),
     "figures": ("viewing.config:FiguresConfig", "viewing.figures:figures"),
     "data show": ("viewing.config:ShowConfig", "viewing.samples:show"),
@@ -43,9 +44,8 @@ _BARE = {
     "compare": ("--a", "--b"),
     "convert": ("--data.root",),
     "data check": ("--data.root",),
-    "app": ("viewing.config:AppConfig", "app:app"),
-    "figures": ("viewing.config:FiguresConfig", "viewing.figures:figures"),
     "data show": ("--data.root",),
+    "report": ("--run",),
 }
 
 _FLAGS = ("--json", "--baselines", "--breakdowns", "--intervals", "--images", "--cache", "--private")

@@ -92,3 +92,31 @@ class AppConfig:
     """Port to listen on, in [1, 65535]."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one."""
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Write one HTML file about a run, for a person: ``metris report RUN``.
+
+    Config, data, losses, scores with intervals and breakdowns, best, worst and failed samples, ablation
+    tables. The file asks nothing of any network.
+    """
+
+    run: Path
+    """Folder that train wrote."""
+    data: DataConfig | None = None
+    """Data set to score on. None: the one that the run was trained on."""
+    split: str = "val"
+    """Split that is scored, and whose samples are shown."""
+    limit: int | None = None
+    """Images, evenly spaced over the split, that are scored, 1 or more. None: all."""
+    count: int = 6
+    """Samples of the best and of the worst, in [1, 48]; four times as many failures."""
+    ablations: Path | None = None
+    """Folder of tables that ``metris ablate`` wrote. None: those in the folder of the run or beside it."""
+    out: Path | None = None
+    """HTML file to write. None: report.html in the run."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one."""
+    json: bool = False
+    """Print JSON instead of lines."""
