@@ -39,6 +39,7 @@ _ROOMS = tuple(_BELOW)
 _TOP = {
     "ablate": (),
     "app": (),
+    "completion": ("cli",),
     "info": (),
     "profile": (),
     "cli": ("ablate", "app", "info", "profile"),

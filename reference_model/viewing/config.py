@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from reference_model.data.config import DataConfig
 
@@ -17,6 +18,8 @@ class ShowConfig:
     """Number of samples, evenly spaced over the split, in [1, 200]."""
     out: Path = Path("samples.png")
     """Picture to write, as PNG."""
+    json: bool = False
+    """Print JSON instead of a line."""
 
 
 @dataclass(frozen=True)
@@ -26,14 +29,17 @@ class PredictConfig:
     checkpoint: Path
     """Folder that train wrote."""
     image: Path | None = None
-    """Photo, JPEG or PNG of any size."""
+    """Photo, JPEG or PNG of any size; a folder of photos; or a .jsonl of lines such as
+    {"image": "cats/1.jpg", "expression": "left cat"}, the path from the folder of that file."""
     expression: list[str] | None = None
     """What to look for in the image; may be given several times."""
-    out: Path = Path("mask.png")
+    out: Path | None = None
     """Mask to write, as PNG (255 inside) of the image's own size, with an overlay NAME_overlay.png beside it.
-    Several sentences number the names. With data: the folder of the pictures."""
+    Several sentences number the names. With a folder, a .jsonl or data: the folder of the pictures.
+    None: mask.png, or masks for a folder."""
     data: DataConfig | None = None
-    """Data set to take samples from, instead of image and expression."""
+    """Data set to take samples from, instead of image and expression: --data.root FOLDER and what else
+    --data.help lists."""
     split: str = "val"
     """Split of the samples."""
     count: int = 6
@@ -45,7 +51,7 @@ class PredictConfig:
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one."""
     json: bool = False
-    """Print JSON instead of lines."""
+    """Print JSON instead of a table."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,8 @@ class FiguresConfig:
     checkpoint: Path
     """Folder that train wrote."""
     data: DataConfig | None = None
-    """Data set to draw from. None: the one that the run was trained on."""
+    """Data set to draw from: --data.root FOLDER and what else --data.help lists. None: what the run was
+    trained on."""
     against: str | None = None
     """Other runs, separated by commas, that stand beside it in the figures that compare."""
     split: str = "val"
@@ -105,7 +112,8 @@ class ReportConfig:
     run: Path
     """Folder that train wrote."""
     data: DataConfig | None = None
-    """Data set to score on. None: the one that the run was trained on."""
+    """Data set to score on: --data.root FOLDER and what else --data.help lists. None: what the run was
+    trained on."""
     split: str = "val"
     """Split that is scored, and whose samples are shown."""
     limit: int | None = None
@@ -120,3 +128,19 @@ class ReportConfig:
     """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one."""
     json: bool = False
     """Print JSON instead of lines."""
+
+
+@dataclass(frozen=True)
+class InfoConfig:
+    """Print versions, devices, and which kernels can run here, or why not."""
+
+    json: bool = False
+    """Print JSON instead of tables."""
+
+
+@dataclass(frozen=True)
+class CompletionConfig:
+    """Print a script that completes commands, options and choices: ``metris completion bash``."""
+
+    shell: Literal["bash", "zsh"]
+    """Shell that shall read it."""

@@ -96,7 +96,7 @@ def report(config: ReportConfig) -> Path:
     parts = [
         _head(config, checkpoint.model, found, len(groups), reader),
         _section("Scores", _scores(found, config.split), _breakdowns(found)),
-        _section("Other splits", _metrics(config.run)),
+        _section("As metris evaluate scored it", _metrics(config.run)),
         _section(
             "Curves",
             *_losses(draw, config.run),
