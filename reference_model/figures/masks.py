@@ -80,7 +80,7 @@ def comparison(
                 axes.set_title(names[column])
             if column > 1:
                 axes.set_xlabel(f"IoU {iou(mask, truths[row]):.2f}")
-        cells[0].set_xlabel(fill(f"“{sentences[row]}”", 26), fontstyle="italic")
+        cells[0].set_xlabel(fill(f"“{sentences[row]}”", 20), fontstyle="italic")
     figure.suptitle(title)
     return figure
 

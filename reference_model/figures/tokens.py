@@ -12,7 +12,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from reference_model.figures.masks import marked
-from reference_model.figures.style import COLOURS, HEAT, PAGE, TRUTH, bare, styled
+from reference_model.figures.style import COLOURS, COLUMN, HEAT, PAGE, TRUTH, bare, styled
 
 _MOST_COLUMNS = 6
 
@@ -135,7 +135,7 @@ def attention_sums(
     grid = figure.subplots(len(rows), 4, squeeze=False)
     for cells, (image, sentence, truth, prediction, language, visual) in zip(grid, rows):
         cells[0].imshow(marked(image, truth, TRUTH))
-        cells[0].set_xlabel(fill(f"“{sentence}”", 26), fontstyle="italic")
+        cells[0].set_xlabel(fill(f"“{sentence}”", 20), fontstyle="italic")
         cells[1].imshow(marked(image, prediction, COLOURS[0]))
         for axes, weights in ((cells[2], language), (cells[3], visual)):
             drawn = _heat(axes, image, weights, float(weights.min()), float(weights.max()))
@@ -199,7 +199,7 @@ def _panels(count: int, shape: Sequence[int], title: str, *, blocks: int = 1) ->
     columns = -(-count // rows)
     side = min(PAGE / (columns + 0.6), 1.7)
     height = side * shape[0] / shape[1] + 0.28
-    width = max(side * columns + 0.9, 3.3)
+    width = max(side * columns + 0.9, COLUMN)
     figure = Figure(figsize=(width, 0.45 + blocks * rows * height), layout="constrained")
     grid = figure.subplots(blocks * rows, columns, squeeze=False)
     cells = []
@@ -208,5 +208,5 @@ def _panels(count: int, shape: Sequence[int], title: str, *, blocks: int = 1) ->
         cells += group[:count]
         for spare in group[count:]:
             spare.remove()
-    figure.suptitle(title)
+    figure.suptitle(fill(title, 66 if width > COLUMN else 40))
     return figure, cells
