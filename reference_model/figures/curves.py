@@ -24,7 +24,7 @@ def precision_recall(
     The lines are steps: no precision is promised between two thresholds, and the area under what is drawn is
     the number in the legend.
     """
-    figure = Figure(figsize=(COLUMN, 0.9 * COLUMN), layout="constrained")
+    figure = Figure(figsize=(COLUMN, COLUMN), layout="constrained")
     axes = figure.subplots()
     for i, (name, (precision, recall)) in enumerate(curves.items()):
         area = average_precision(precision, recall)
