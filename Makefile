@@ -13,7 +13,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --progress-bar off --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# A data set in RefCOCO's format, a small METRIS trained on it, its scores, its masks on unseen pictures.
+# A data set in RefCOCO's format, a small METRIS trained on it, its scores, its masks on unseen pictures, a report.
 demo: $(VENV)/.ready
 	$(BIN)/metris generate --root $(DEMO)/data --scenes easy --size 96 --train 3000 --val 120 --test 100 --workers 2
 	rm -rf "$(or $(DEMO),demo)/run"
@@ -22,6 +22,8 @@ demo: $(VENV)/.ready
 	$(BIN)/metris predict --checkpoint $(DEMO)/run --data.root $(DEMO)/data --split testA --count 4 --out $(DEMO)/pictures
 	$(BIN)/metris predict --checkpoint $(DEMO)/run --data.root $(DEMO)/data --split testB --count 4 --out $(DEMO)/pictures
 	@echo "checkpoint: $(DEMO)/run   metrics: $(DEMO)/run/metrics.json   pictures: $(DEMO)/pictures"
+	$(BIN)/metris report $(DEMO)/run --data.root $(DEMO)/data
+	@echo "own image: $(BIN)/metris app --checkpoint $(DEMO)/run, or $(BIN)/metris predict --checkpoint $(DEMO)/run --image FILE --expression 'the red circle'"
 
 # An ablation table of the paper on procedural scenes: make ablations TABLE=5, or 6, fig6, 8, 9, learning, lite.
 # A run takes up to 5 minutes on 2 cores; the decoder is narrower than the demo's, but for lite.

@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import warnings
-from importlib import import_module
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +35,52 @@ COMMANDS = {
     "convert": ("data.config:ConvertConfig", "data.convert:convert"),
     "data check": ("data.config:CheckConfig", "data.check:check"),
     "data show": ("viewing.config:ShowConfig", "viewing.samples:show"),
+    "app": ("viewing.config:AppConfig", "app:app"),
+    "figures": ("viewing.config:FiguresConfig", "viewing.figures:figures"),
+    "report": ("viewing.config:ReportConfig", "viewing.report:report"),
+    "info": ("viewing.config:InfoConfig", "info:info"),
+    "completion": ("viewing.config:CompletionConfig", "completion:completion"),
 }
-_WITH_PRESETS = ("train", "ablate", "profile")
+# command -> what --help shows at its end; a test parses each
+EXAMPLES = {
+    "generate": ("--root data --scenes easy --size 96 --train 3000",),
+    "train": (
+        "--preset metris_tiny --data.root data --out runs/tiny",
+        "--preset metris_swin_b --data.root REFER --data.dataset refcoco+ --batch_size 8 --out runs/plus",
+    ),
+    "evaluate": (
+        "--checkpoint runs/plus --data.root REFER --splits val,testA --intervals",
+        "--predictions masks.jsonl --protocol cgformer --data.root REFER --results a.jsonl",
+    ),
+    "predict": (
+        '--checkpoint runs/plus --image photo.jpg --expression "the red boat" --out mask.png',
+        '--checkpoint runs/plus --image photos --expression "a dog" --out masks --json',
+        "--checkpoint runs/plus --image list.jsonl --out masks",
+    ),
+    "ablate": ("--preset metris_tiny --data.root data --table 5 --seeds 3 --out runs/ablate",),
+    "profile": ("--preset metris_swin_b --sentences 10 --json",),
+    "push": ("--checkpoint runs/plus --repo somebody/metris --private",),
+    "compare": ("a.jsonl b.jsonl",),
+    "convert": ("REFER --data.dataset refcoco --out shards",),
+    "data check": ("REFER --data.dataset refcocog --data.split_by umd --images",),
+    "data show": ("REFER --split testA --count 20 --out samples.png",),
+    "app": ("", "--checkpoint runs/plus --port 7861"),
+    "figures": ("--checkpoint runs/plus --against runs/other --limit 200 --out figures",),
+    "report": ("runs/plus --split testA --out report.html",),
+    "plot": ("runs/plus runs/other --out losses.png",),
+    "info": ("--json",),
+    "completion": ("bash > ~/.local/share/bash-completion/completions/metris", "zsh > ~/.zfunc/_metris"),
+}
+WITH_PRESETS = ("train", "ablate", "profile")
 # command -> the options that bare words at its beginning stand for; one with + takes all that come
-_BARE = {
+BARE = {
     "compare": ("--a", "--b"),
     "convert": ("--data.root",),
     "plot": ("--runs+",),
     "data check": ("--data.root",),
     "data show": ("--data.root",),
+    "report": ("--run",),
+    "completion": ("--shell",),
 }
 _FLAGS = ("--json", "--baselines", "--breakdowns", "--intervals", "--images", "--cache", "--private")
 _FLAGS += ("--dry_run", "--compile", "--checkpoint_activations")
@@ -63,13 +100,16 @@ def main(arguments: list[str] | None = None) -> int:
         if not arguments or arguments[0] in ("-h", "--help"):
             print(_usage())
             return 0
+        if arguments[0] == "--version":
+            print(f"metris {metadata.version('metris-blocks')}")
+            return 0
         name, *rest = arguments
         if rest and f"{name} {rest[0]}" in COMMANDS:
             name, rest = f"{name} {rest[0]}", rest[1:]
         if name not in COMMANDS:
             raise InputError(f"unknown command {name}, expected one of {', '.join(COMMANDS)}")
         config = parse(name, rest)
-        failed = _load(COMMANDS[name][1])(config) is False
+        failed = load(COMMANDS[name][1])(config) is False
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # who read us has seen enough
@@ -98,17 +138,22 @@ def parse(name: str, arguments: list[str]) -> Any:
     Raises:
         InputError: A file, key or value cannot be used.
     """
-    config_class = _load(COMMANDS[name][0])
-    parser = Parser(prog=f"metris {name}", description=config_class.__doc__)
+    config_class = load(COMMANDS[name][0])
+    shown = [f"metris {name} {example}".rstrip() for example in EXAMPLES[name]]
+    parser = Parser(
+        prog=f"metris {name}",
+        description=config_class.__doc__,
+        epilog="examples: " + "  ·  ".join(shown),
+    )
     parser.add_argument(
         "--config",
         action="config",
         help="YAML file of the options below, repeatable"
         + f"; --preset NAME takes one of this package's: {', '.join(preset_names())}"
-        * (name in _WITH_PRESETS),
+        * (name in WITH_PRESETS),
     )
     parser.add_class_arguments(config_class, as_group=False)
-    bare = _BARE.get(name, ())
+    bare = BARE.get(name, ())
     while bare and arguments and not arguments[0].startswith("-"):
         arguments = [*arguments[1:], f"{bare[0]}={arguments[0]}"]
         bare = bare if bare[0].endswith("+") else bare[1:]
@@ -162,12 +207,13 @@ def _split(arguments: list[str], prog: str) -> tuple[list[Path], list[str], list
 def _usage() -> str:
     lines = ["usage: metris COMMAND [options]", "", "commands:"]
     for name, (config, _) in COMMANDS.items():
-        lines.append(f"  {name:11} {_load(config).__doc__.splitlines()[0]}")
+        lines.append(f"  {name:11} {load(config).__doc__.splitlines()[0]}")
     return "\n".join(
         [*lines, "", "metris COMMAND --help lists the options of a command, with units and defaults"]
     )
 
 
-def _load(place: str) -> Any:
+def load(place: str) -> Any:
+    """Import MODULE:NAME of this package."""
     module, name = place.split(":")
     return getattr(import_module(f"reference_model.{module}"), name)

@@ -23,8 +23,8 @@ OPS = ("metris_blocks.ops",)
 LAYERS = (*OPS, "metris_blocks.layers")
 BLOCKS = tuple(f"metris_blocks.{stem}" for stem in BLOCK_STEMS if stem != "extractor")
 
-# model | data <- scoring <- training | viewing <- cli, ablate, profile: rooms beside a bar do not know each
-# other; files and configs are known to all.
+# model | data <- scoring <- training | viewing <- cli, ablate, app, info, profile; figures <- viewing. Rooms
+# beside a bar do not know each other; files and configs are known to all.
 _BELOW = {
     "files": (),
     "configs": (),
@@ -32,11 +32,20 @@ _BELOW = {
     "data": (),
     "scoring": ("model", "data"),
     "training": ("scoring", "model", "data"),
-    "viewing": ("scoring", "model", "data"),
+    "figures": (),
+    "viewing": ("scoring", "model", "data", "figures"),
     "presets": (),
 }
 _ROOMS = tuple(_BELOW)
-_TOP = {"ablate": (), "profile": (), "cli": ("ablate", "profile"), "__main__": ("cli",)}
+_TOP = {
+    "ablate": (),
+    "app": (),
+    "completion": ("cli",),
+    "info": (),
+    "profile": (),
+    "cli": ("ablate", "app", "info", "profile"),
+    "__main__": ("cli",),
+}
 
 
 def allowed(path: Path) -> tuple[str, ...]:

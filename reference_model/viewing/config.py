@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from reference_model.data.config import DataConfig
 
@@ -17,6 +18,8 @@ class ShowConfig:
     """Number of samples, evenly spaced over the split, in [1, 200]."""
     out: Path = Path("samples.png")
     """Picture to write, as PNG."""
+    json: bool = False
+    """Print JSON instead of a line."""
 
 
 @dataclass(frozen=True)
@@ -26,14 +29,17 @@ class PredictConfig:
     checkpoint: Path
     """Folder that train wrote."""
     image: Path | None = None
-    """Photo, JPEG or PNG of any size."""
+    """Photo, JPEG or PNG of any size; a folder of photos; or a .jsonl of lines such as
+    {"image": "cats/1.jpg", "expression": "left cat"}, the path from the folder of that file."""
     expression: list[str] | None = None
     """What to look for in the image; may be given several times."""
-    out: Path = Path("mask.png")
+    out: Path | None = None
     """Mask to write, as PNG (255 inside) of the image's own size, with an overlay NAME_overlay.png beside it.
-    Several sentences number the names. With data: the folder of the pictures."""
+    Several sentences number the names. With a folder, a .jsonl or data: the folder of the pictures.
+    None: mask.png, or masks for a folder."""
     data: DataConfig | None = None
-    """Data set to take samples from, instead of image and expression."""
+    """Data set to take samples from, instead of image and expression: --data.root FOLDER and what else
+    --data.help lists."""
     split: str = "val"
     """Split of the samples."""
     count: int = 6
@@ -42,6 +48,82 @@ class PredictConfig:
     """Probability above which a pixel belongs to the mask, in (0, 1)."""
     no_target_threshold: float = 0.5
     """Probability of "no target", where a model tells it, above which a mask is empty, in (0, 1)."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+
+@dataclass(frozen=True)
+class FiguresConfig:
+    """Draw the paper's figures from a run, as PNG and PDF: masks, attention, t-SNE, curves."""
+
+    checkpoint: Path
+    """Folder that train wrote."""
+    data: DataConfig | None = None
+    """Data set to draw from: --data.root FOLDER and what else --data.help lists. None: what the run was
+    trained on."""
+    against: str | None = None
+    """Other runs, separated by commas, that stand beside it in the figures that compare."""
+    split: str = "val"
+    """Split of the samples."""
+    limit: int = 100
+    """Images, evenly spaced over the split, behind curves and means, 1 or more; all if it has no more."""
+    count: int = 4
+    """Rows of a grid of pictures, in [1, 12]."""
+    ratios: str = "0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8"
+    """Shares r of curated tokens that the run is scored with, each in (0, 1], separated by commas."""
+    ablation: Path | None = None
+    """A table-fig6.csv of ``metris ablate --table fig6``: models trained with each r, drawn beside that."""
+    out: Path | None = None
+    """Folder of the figures. None: figures, in the run."""
+    seed: int = 0
+    """Of t-SNE and of the pixels it shows, 0 or more."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+
+@dataclass(frozen=True)
+class AppConfig:
+    """Serve a page on this computer: an image in, sentences in, masks and all on the way to them out."""
+
+    checkpoint: Path | None = None
+    """Folder that train wrote. None: the demo's, trained first if it is not there (minutes)."""
+    demo: Path = Path("demo")
+    """Folder of the demo, for its data and its run, where no checkpoint is given."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 127.0.0.1 is this computer alone, 0.0.0.0 lets others in."""
+    port: int = 7860
+    """Port to listen on, in [1, 65535]."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one."""
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Write one HTML file about a run, for a person: ``metris report RUN``.
+
+    Config, data, losses, scores with intervals and breakdowns, best, worst and failed samples, ablation
+    tables. The file asks nothing of any network.
+    """
+
+    run: Path
+    """Folder that train wrote."""
+    data: DataConfig | None = None
+    """Data set to score on: --data.root FOLDER and what else --data.help lists. None: what the run was
+    trained on."""
+    split: str = "val"
+    """Split that is scored, and whose samples are shown."""
+    limit: int | None = None
+    """Images, evenly spaced over the split, that are scored, 1 or more. None: all."""
+    count: int = 6
+    """Samples of the best and of the worst, in [1, 48]; four times as many failures."""
+    ablations: Path | None = None
+    """Folder of tables that ``metris ablate`` wrote. None: those in the folder of the run or beside it."""
+    out: Path | None = None
+    """HTML file to write. None: report.html in the run."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one."""
     json: bool = False
@@ -58,3 +140,19 @@ class PlotConfig:
     """The picture, as PNG. None: log.png in the first run."""
     json: bool = False
     """Print JSON instead of a line."""
+
+
+@dataclass(frozen=True)
+class InfoConfig:
+    """Print versions, devices, and which kernels can run here, or why not."""
+
+    json: bool = False
+    """Print JSON instead of tables."""
+
+
+@dataclass(frozen=True)
+class CompletionConfig:
+    """Print a script that completes commands, options and choices: ``metris completion bash``."""
+
+    shell: Literal["bash", "zsh"]
+    """Shell that shall read it."""

@@ -1,6 +1,8 @@
 """Predict masks of one's own image, or of samples of a data set, and draw them."""
 
 import json
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,10 @@ from reference_model.files import InputError, refuse_unwritable, written_whole
 from reference_model.model.checkpoint import Checkpoint, load_checkpoint, pick_device
 from reference_model.scoring.metris_predictor import Prediction, predictions
 from reference_model.scoring.outcome import outcome
+from reference_model.scoring.table import aligned
 from reference_model.viewing.config import PredictConfig
+from reference_model.viewing.explain import unknown_words
+from reference_model.viewing.many import Job, jobs
 from reference_model.viewing.overlay import TRUTH, captioned, overlay
 
 
@@ -69,27 +74,41 @@ def predict(config: PredictConfig) -> list[Path]:
     for name in ("threshold", "no_target_threshold"):
         if not 0 < getattr(config, name) < 1:
             raise InputError(f"{name}: must be in (0, 1), got {getattr(config, name):g}; 0.5 is usual")
-    if config.data is None and (config.image is None or not config.expression):
+    if config.data is None and (config.image is None or not (config.expression or _lists(config.image))):
         raise InputError('predict: give --image and --expression "the red boat", or --data.root and --split')
     if config.data is not None and config.image is not None:
         raise InputError("predict: got --image and --data, expected one of them")
-    if config.data is None:
+    many = None if config.image is None else jobs(config.image, config.expression)
+    single = config.data is None and many is None
+    if config.out is None:
+        config = replace(config, out=Path("mask.png" if single else "masks"))
+    if many is not None:
+        refuse_unwritable(config.out / "mask.png")
+    if single:
         if not config.out.name or config.out.name == ".." or config.out.suffix.lower() not in ("", ".png"):
             raise InputError(f"out {config.out}: must name a PNG file, such as mask.png")
         if config.image.resolve() == config.out.with_suffix(".png").resolve():
             raise InputError(f"out {config.out}: is the image itself; choose another name")
         refuse_unwritable(config.out.with_suffix(".png"))
     checkpoint = load_checkpoint(config.checkpoint, device=pick_device(config.device))
-    entries = _of_samples(config, checkpoint) if config.data is not None else _of_image(config, checkpoint)
+    if config.data is not None:
+        entries = _of_samples(config, checkpoint)
+    elif many is not None:
+        entries = _of_many(config, checkpoint, many)
+    else:
+        entries = _of_image(config, checkpoint)
     if config.json:
         print(json.dumps(entries, indent=2))
-    for entry in () if config.json else entries:
-        print("  ".join(f"{key}: {value}" for key, value in entry.items()))
+    else:
+        print(_table(entries))
     return [Path(entry[key]) for entry in entries for key in ("mask", "overlay") if key in entry]
 
 
 def _of_image(config: PredictConfig, checkpoint: Checkpoint) -> list[dict]:
     image, expressions = open_image(config.image), config.expression
+    unknown = list(dict.fromkeys(w for sentence in expressions for w in unknown_words(checkpoint, sentence)))
+    if unknown:
+        warnings.warn(f"words that this model never learnt: {', '.join(unknown)}", stacklevel=2)
     found = _answers(config, checkpoint, image, expressions)
     entries = []
     for number, (expression, (mask, absent)) in enumerate(zip(expressions, found, strict=True), start=1):
@@ -102,6 +121,37 @@ def _of_image(config: PredictConfig, checkpoint: Checkpoint) -> list[dict]:
         entry = {"expression": expression, "mask": str(mask_file), "overlay": str(overlay_file)}
         entries.append(entry | {"area": round(float(mask.mean()), 4)} | _probability(absent))
     return entries
+
+
+def _of_many(config: PredictConfig, checkpoint: Checkpoint, many: list[Job]) -> list[dict]:
+    """Predict on many images; one that cannot be used is named and left out."""
+    entries = []
+    for number, job in enumerate(
+        tqdm(many, desc="predict", unit="image", leave=False, disable=None), start=1
+    ):
+        out = config.out / f"{number:0{len(str(len(many)))}d}_{job.image.stem}.png"
+        one = replace(config, image=job.image, expression=job.expressions, out=out)
+        try:
+            found = _of_image(one, checkpoint)
+        except InputError as error:
+            warnings.warn(f"{error}; left out", stacklevel=2)
+            continue
+        entries += [{"image": str(job.image)} | entry for entry in found]
+    if not entries:
+        raise InputError(f"image {config.image}: none of its {len(many)} images can be used; mend them")
+    return entries
+
+
+def _lists(image: Path) -> bool:
+    """Tell whether a file may bring its own sentences."""
+    return image.suffix.lower() == ".jsonl"
+
+
+def _table(entries: list[dict]) -> str:
+    """Lay entries out, a column for each key that one of them has."""
+    keys = list(dict.fromkeys(key for entry in entries for key in entry))
+    rows = [[str(entry.get(key, "")) for key in keys] for entry in entries]
+    return aligned([keys, *rows], left=len(keys))
 
 
 def _of_samples(config: PredictConfig, checkpoint: Checkpoint) -> list[dict]:

@@ -1,5 +1,6 @@
 """Draw a page of samples of a data set: each image with its mask, the sentence below."""
 
+import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,7 +55,9 @@ def show(config: ShowConfig) -> Path:
         raise InputError(f"{reader.source}: no sample of {config.split} can be drawn; see metris data check")
     with written_whole(config.out) as fresh:
         page(tiles).save(fresh, format="PNG")
-    print(f"{config.out}: {len(tiles)} samples of {config.split}")
+    said = {"picture": str(config.out), "samples": len(tiles), "split": config.split}
+    line = f"{config.out}: {len(tiles)} samples of {config.split}"
+    print(json.dumps(said) if config.json else line)
     return config.out
 
 

@@ -1,0 +1,75 @@
+"""The command ``app``: a checkpoint, or else the demo's, in the browser."""
+
+import socket
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from reference_model.configs import build, preset_file, read_yaml
+from reference_model.data.synthetic.config import GenerateConfig
+from reference_model.files import InputError
+from reference_model.model.checkpoint import WEIGHTS, load_checkpoint, pick_device
+from reference_model.viewing.config import AppConfig
+
+DEMO = GenerateConfig(
+    root=Path("demo/data"), scenes="easy", size=96, train=3000, val=120, test=100, workers=2
+)
+"""The data of ``make demo``."""
+
+
+def app(config: AppConfig) -> None:
+    """Run the command ``app`` until it is interrupted.
+
+    Raises:
+        InputError: The checkpoint cannot be used, the port is taken, or gradio is missing.
+    """
+    try:
+        from reference_model.viewing import app as page
+    except ModuleNotFoundError as error:
+        raise InputError(f"app: needs {error.name}; pip install 'metris-blocks[app]'") from error
+    if not 1 <= config.port <= 65535:
+        raise InputError(f"port: must be in [1, 65535], got {config.port}")
+    _refuse_taken(config.host, config.port)
+    device = pick_device(config.device)
+    folder = demo_run(config.demo) if config.checkpoint is None else config.checkpoint
+    checkpoint = load_checkpoint(folder, device=device)
+    page.serve(page.blocks(checkpoint, folder), host=config.host, port=config.port)
+
+
+def demo_run(folder: Path, *, data: GenerateConfig = DEMO, steps: int | None = None) -> Path:
+    """Give the run of ``make demo`` in a folder, its data made and its model trained first if need be.
+
+    Args:
+        folder: Of the demo.
+        data: What to generate; its root is set aside.
+        steps: Of training. None: the preset's.
+    """
+    run = folder / "run"
+    if (run / WEIGHTS).is_file():
+        return run
+    from reference_model.data.synthetic.export import generate
+    from reference_model.training.config import TrainConfig
+    from reference_model.training.train import train
+
+    print(
+        f"no --checkpoint given and {run} holds none: training the demo's small model on made scenes, "
+        "about 5 minutes on 2 CPU cores, once",
+        file=sys.stderr,
+    )
+    generate(replace(data, root=folder / "data"))
+    values = read_yaml(preset_file("metris_tiny"), TrainConfig)
+    values |= {"data": {"root": str(folder / "data")}, "out": str(run)}
+    values |= {} if steps is None else {"steps": steps}
+    train(build(TrainConfig, values, source="metris_tiny"))
+    return run
+
+
+def _refuse_taken(host: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except (OSError, UnicodeError) as error:
+            raise InputError(
+                f"{host}:{port}: cannot be listened on ({error}); choose another --port"
+            ) from error

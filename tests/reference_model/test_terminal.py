@@ -1,0 +1,231 @@
+"""What a terminal shows: help with examples, completion, versions, kernels, tables of many images."""
+
+import dataclasses
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import typing
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import metris_blocks
+from metris_blocks.ops import explain_backends
+from reference_model.cli import COMMANDS, EXAMPLES, load, main, parse
+from reference_model.data.images import open_image
+from reference_model.info import backends
+from reference_model.viewing.config import PredictConfig
+from reference_model.viewing.many import jobs
+
+
+def options(config, prefix=""):
+    """Dotted names of the fields that --help lists; of optional groups the group."""
+    types = typing.get_type_hints(config)
+    for field in dataclasses.fields(config):
+        if dataclasses.is_dataclass(types[field.name]):
+            yield from options(types[field.name], f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_has_words_and_a_default_and_the_command_an_example(name, capsys):
+    with pytest.raises(SystemExit):
+        parse(name, ["--help"])
+    shown = capsys.readouterr().out
+    parts = re.split(r"\n  (?=--)", shown.split("options:")[1].split("examples:")[0])
+    said = {part.split()[0].rstrip(","): " ".join(part.split()) for part in parts}
+    for option in options(load(COMMANDS[name][0])):
+        text = said.get(f"--{option}", "")
+        assert "(required" in text or "default: " in text, f"{name} --{option} tells no default: {text!r}"
+        words = text.split("(type")[0].split("(required")[0].split()
+        assert len(words) >= 3, f"{name} --{option} is not explained: {text!r}"
+    assert f"examples: metris {name}" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "example"), [(name, e) for name, examples in EXAMPLES.items() for e in examples]
+)
+def test_every_example_is_a_command(name, example):
+    assert parse(name, shlex.split(example.split(" > ")[0]))
+
+
+def test_every_command_has_an_example():
+    assert set(EXAMPLES) == set(COMMANDS) and all(EXAMPLES.values())
+
+
+@pytest.mark.parametrize("name", set(COMMANDS) - {"app", "completion"})
+def test_every_command_that_prints_results_prints_json_too(name):
+    assert "json" in {field.name for field in dataclasses.fields(load(COMMANDS[name][0]))}
+
+
+def test_version_is_the_librarys(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"metris {metris_blocks.__version__}\n"
+
+
+def test_info_tells_what_the_ops_tell(capsys):
+    assert main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["packages"]["torch"] == torch.__version__.split("+")[0]
+    rows = {row["backend"]: row for row in found["backends"] if row["op"] == "masked_attention"}
+    query, key = torch.zeros(1, 21, 8, 96), torch.zeros(1, 225, 8, 96)
+    reasons = explain_backends(query, key, key, torch.ones(1, 21, 225, dtype=torch.bool))
+    assert {name: row["why_not"] for name, row in rows.items()} == reasons
+    assert [name for name, row in rows.items() if row["auto"]] == ["sdpa"]
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    for name, why in reasons.items():
+        line = next(line for line in out.splitlines() if line.split()[:4:3] == ["masked_attention", name])
+        assert ("yes" in line) == (not why) and all(reason in line for reason in why)
+
+
+@pytest.mark.cuda
+def test_info_of_a_gpu_runs_what_it_calls_runnable():
+    for row in backends("cuda", torch.bfloat16):
+        assert row["device"] == "cuda" and isinstance(row["why_not"], list)
+
+
+# ----------------------------------------------------------------------------------------------- completion
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory):
+    from contextlib import redirect_stdout
+
+    path = tmp_path_factory.mktemp("shell") / "metris"
+    with path.open("w") as file, redirect_stdout(file):
+        assert main(["completion", "bash"]) == 0
+    return path
+
+
+def complete(script, line):
+    words = line.split(" ")
+    commands = f"""
+        source {script}
+        COMP_WORDS=({" ".join(map(shlex.quote, words))}); COMP_CWORD={len(words) - 1}
+        _shtab_metris 2>/dev/null; printf '%s\\n' "${{COMPREPLY[@]}}"
+    """
+    out = subprocess.run(["bash", "-c", commands], capture_output=True, text=True, check=True).stdout
+    return {word.strip() for word in out.split()}
+
+
+def test_bash_completes_commands_options_and_choices(script, tmp_path):
+    assert complete(script, "metris pre") == {"predict"}
+    assert {name.split()[0] for name in COMMANDS} <= complete(script, "metris ")
+    assert complete(script, "metris data ") >= {"check", "show"}
+    assert complete(script, "metris predict --thr") == {"--threshold"}
+    assert "--model.ratio" in complete(script, "metris train --model.ra")
+    assert complete(script, "metris evaluate --protocol cg") == {"cgformer"}
+    assert complete(script, "metris train --preset metris_t") == {"metris_tiny"}
+
+
+def test_zsh_script_defines_the_commands(capsys):
+    assert main(["completion", "zsh"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("#compdef metris") and "predict:'Predict masks" in out
+    if shutil.which("zsh"):
+        subprocess.run(["zsh", "-n"], input=out, text=True, check=True)
+
+
+# ---------------------------------------------------------------------------------------------- many images
+
+
+@pytest.fixture
+def photos(scenes, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number, path in enumerate(sorted((scenes / "images" / "train2014").glob("*.jpg"))[:3]):
+        shutil.copy(path, folder / f"{number}.jpg")
+    (folder / "notes.txt").write_text("not an image")
+    return folder
+
+
+def predict(*arguments):
+    return main(["predict", *map(str, arguments)])
+
+
+def test_folder_is_predicted_as_its_images_are(run, photos, tmp_path, capsys):
+    arguments = ("--checkpoint", run, "--threshold", 0.1, "--expression", "star")
+    assert predict(*arguments, "--image", photos, "--out", tmp_path / "many", "--json") == 0
+    entries = json.loads(capsys.readouterr().out)
+    assert [entry["image"] for entry in entries] == [str(photos / f"{n}.jpg") for n in range(3)]
+    assert predict(*arguments, "--image", photos / "1.jpg", "--out", tmp_path / "one.png") == 0
+    one, same = Image.open(tmp_path / "one.png"), Image.open(entries[1]["mask"])
+    assert (np.asarray(one) == np.asarray(same)).all()
+    assert same.size == open_image(photos / "1.jpg").size
+
+
+def test_table_has_a_row_an_answer_under_one_heading(run, photos, tmp_path, capsys):
+    asked = ["star", "the large red circle"]
+    expressions = [part for sentence in asked for part in ("--expression", sentence)]
+    assert predict("--checkpoint", run, "--image", photos, *expressions, "--out", tmp_path / "m") == 0
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split() == ["image", "expression", "mask", "overlay", "area"] and len(rows) == 6
+    at = head.index("expression"), head.index("mask")
+    assert [row[slice(*at)].strip() for row in rows] == 3 * asked
+
+
+def test_list_brings_its_own_sentences(run, photos, tmp_path, capsys):
+    rows = [{"image": "0.jpg", "expression": ["star", "circle"]}, {"image": "2.jpg", "expression": "a: [b"}]
+    (photos / "list.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
+    out = ("--out", tmp_path / "m", "--json")
+    assert predict("--checkpoint", run, "--image", photos / "list.jsonl", *out) == 0
+    entries = json.loads(capsys.readouterr().out)
+    assert [(e["image"][-5:], e["expression"]) for e in entries] == [
+        ("0.jpg", "star"),
+        ("0.jpg", "circle"),
+        ("2.jpg", "a: [b"),
+    ]
+    assert len({entry["mask"] for entry in entries}) == 3
+
+
+def test_broken_image_of_many_is_named_and_left_out(run, photos, tmp_path, capsys):
+    (photos / "1.jpg").write_bytes(b"no image")
+    out = ("--out", tmp_path / "m", "--json")
+    assert predict("--checkpoint", run, "--image", photos, "--expression", "star", *out) == 0
+    caught = capsys.readouterr()
+    assert len(json.loads(caught.out)) == 2 and not any("1.jpg" in e["image"] for e in json.loads(caught.out))
+    for path in photos.glob("*.jpg"):
+        path.write_bytes(b"no image")
+    assert predict("--checkpoint", run, "--image", photos, "--expression", "star", *out) == 2
+
+
+@pytest.mark.filterwarnings("error")
+def test_broken_image_of_many_is_a_warning(run, photos, tmp_path):
+    (photos / "1.jpg").write_bytes(b"no image")
+    with pytest.raises(UserWarning, match=r"1\.jpg: not an image of a known kind.*left out"):
+        predict(
+            "--checkpoint", run, "--image", photos, "--expression", "star", "--out", tmp_path / "m", "--json"
+        )
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("{", "list.jsonl:1: not JSON"),
+        ('{"image": 3}', "'image'"),
+        ('{"expression": "star"}', "'image'"),
+        ('{"image": "0.jpg"}', "has no 'expression'"),
+        ('{"image": "0.jpg", "expression": [1]}', "expected a sentence or a list of them"),
+        ("", "holds no image"),
+    ],
+)
+def test_lists_that_cannot_be_used_are_one_line(line, says, run, photos, tmp_path, capsys):
+    (photos / "list.jsonl").write_text(line)
+    assert predict("--checkpoint", run, "--image", photos / "list.jsonl", "--out", tmp_path / "m") == 2
+    err = capsys.readouterr().err
+    assert says in err and err.count("\n") == 1 and not (tmp_path / "m").exists()
+
+
+def test_folder_without_a_sentence_says_what_to_add(run, photos, capsys):
+    assert predict("--checkpoint", run, "--image", photos) == 2
+    assert "--expression" in capsys.readouterr().err
+
+
+def test_one_image_is_no_list(photos):
+    assert jobs(photos / "0.jpg", ["star"]) is None and PredictConfig(checkpoint=photos).out is None
