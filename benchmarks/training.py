@@ -73,7 +73,8 @@ def run(preset: str, variant: str, data: Path, out: Path) -> dict[str, float]:
         f"--steps={steps}",
         "--cache=false",
     ]
-    command += [f"--batch_size={batch}", "--evaluate_every=0", "--save_every=0", "--log_every=1"]
+    command += [f"--batch_size={batch}", "--sentences_per_image=1"]
+    command += ["--evaluate_every=0", "--save_every=0", "--log_every=1"]
     subprocess.run([*command, *VARIANTS[variant]], check=True, stdout=sys.stderr)
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     steady = [entry for entry in log if "total" in entry][steps // 4 + 1 :]
@@ -111,10 +112,14 @@ def _add_utilisation(rows: list[dict[str, Any]]) -> None:
     """Add what a step's work is of this GPU's best matrix products; backward counts twice forward."""
     command = f"{sys.executable} -m reference_model profile --preset {rows[0]['preset']} --rounds 1 --json"
     done = subprocess.run(command.split(), check=True, capture_output=True, text=True)
-    whole = next(part for part in json.loads(done.stdout)["parts"] if part["part"] == "whole model")
+    macs = {part["part"]: 1e9 * part["GMACs"] for part in json.loads(done.stdout)["parts"]}
+    image = macs["image encoder"]
     for row in rows:
         peak, _ = roofline("cuda", torch.bfloat16 if "bf16" in row["variant"] else torch.float32)
-        row["utilisation"] = 6e9 * whole["GMACs"] * row["batch"] / row["step_seconds"] / peak
+        # A batch may hold an image twice: it is encoded once.
+        images = row["images_per_second"] * row["step_seconds"]
+        work = images * image + row["batch"] * (macs["whole model"] - image)
+        row["utilisation"] = 6 * work / row["step_seconds"] / peak
 
 
 def table(device: str, rows: list[dict[str, Any]]) -> str:

@@ -8,14 +8,13 @@ import math
 import multiprocessing
 import os
 import re
-import shutil
 import statistics
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,11 +25,13 @@ from reference_model.configs import build, read_yaml, to_yaml
 from reference_model.data.layouts import read
 from reference_model.files import InputError, refuse_unwritable, written_whole
 from reference_model.model.build import build_metris
-from reference_model.model.checkpoint import CONFIG
+from reference_model.model.checkpoint import CONFIG, WEIGHTS
 from reference_model.model.config import ModelConfig
 from reference_model.scoring.config import EvaluateConfig
 from reference_model.scoring.evaluate import evaluate
 from reference_model.training.config import AblateConfig, TrainConfig
+from reference_model.training.run import differences
+from reference_model.training.state import STATES
 from reference_model.training.train import train
 
 FULL = "full"
@@ -153,6 +154,8 @@ def ablate(config: AblateConfig) -> list[dict[str, Any]]:
         InputError: The table or a row is unknown, a folder holds a run of other settings, or a run cannot be
             done.
     """
+    if config.dry_run:
+        raise InputError("dry_run: a table is not trained dry; use metris train --dry-run with its options")
     if config.table not in TABLES:
         raise InputError(f"table {config.table}: unknown; there are {', '.join(TABLES)}")
     table = TABLES[config.table]
@@ -215,32 +218,11 @@ def _finished(run: Run, splits: str) -> bool:
     if path.exists():
         # What is newer than the run had its default then.
         before = build(TrainConfig, read_yaml(path, TrainConfig), source=str(path))
-        held, asked = (_flat(asdict(settings)) for settings in (before, _settings(run.config)))
-        keys = sorted({*held, *asked})
-        differing = [
-            f"{key}={held.get(key)} (asked for {asked.get(key)})"
-            for key in keys
-            if held.get(key) != asked.get(key)
-        ]
-        if differing:
+        if differing := differences(before, run.config):
             raise InputError(
                 f"{run.config.out}: holds a run with {', '.join(differing)}; choose another --out"
             )
     return {split for split in splits.split(",") if split} <= run.scores().keys()
-
-
-def _settings(config: TrainConfig) -> TrainConfig:
-    """Give all that the result depends on; places, processes and what is kept in memory do not count."""
-    data = replace(config.data, root=Path("data"), workers=0)
-    return replace(config, data=data, out=Path("run"), device="auto", cache=False)
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for key, value in values.items():
-        nested = isinstance(value, Mapping) and value
-        flat |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": str(value)}
-    return flat
 
 
 def _run_all(runs: Sequence[Run], config: AblateConfig) -> list[str]:
@@ -300,10 +282,13 @@ def _run(run: Run, splits: str, threads: int) -> None:
         with redirect_stdout(log), redirect_stderr(log):
             before = run.scores()
             if not before:
-                shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
                 with written_whole(run.beside(".yaml")) as path:
-                    path.write_text(to_yaml(_settings(run.config)), encoding="utf-8")
-                train(run.config)
+                    path.write_text(to_yaml(run.config), encoding="utf-8")
+                if (folder / STATES).is_dir() or not (folder / WEIGHTS).exists():
+                    try:
+                        train(run.config)  # or go on with it
+                    except SystemExit as leaving:
+                        raise InputError(f"{folder}: ended by SIGTERM; the same command goes on") from leaving
             splits = ",".join(dict.fromkeys([*before, *splits.split(",")]))  # one file has them all
             batch, scores = 2 * run.config.batch_size, run.beside(".json")
             device = run.config.device

@@ -1,5 +1,6 @@
 """From records to batches: sentences of one image share it, so that it is decoded and encoded once."""
 
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -194,6 +195,14 @@ class Collate:
             masks=torch.stack([item.mask for item in items]),
             records=records,
         )
+
+
+def outlive_sigterm(worker: int) -> None:
+    """Leave SIGTERM to the process that trains: schedulers send it to all of a job (a ``worker_init_fn``).
+
+    A worker ends with its parent in any case.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def report_overlong(tokenizer: "PreTrainedTokenizerBase", records: Sequence[Record], max_tokens: int) -> None:

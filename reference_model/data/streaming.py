@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from reference_model.data.collate import Batch, Item, ReferringDataset
+from reference_model.data.collate import Batch, Item, ReferringDataset, outlive_sigterm
 from reference_model.data.records import Record
 from reference_model.data.shards import Shards, webdataset
 from reference_model.files import InputError
@@ -119,7 +119,12 @@ class ShardedLoader:
     ) -> None:
         self.dataset = dataset
         pieces = dataset.world * accumulate
-        self.batch_size = max(1, min(batch_size, dataset.sentences // pieces))
+        if pieces > 1 and dataset.sentences < batch_size * pieces:
+            raise InputError(
+                f"batch_size: is {batch_size * pieces}, but there are {dataset.sentences} sentences; give a "
+                "smaller one"
+            )
+        self.batch_size = min(batch_size, dataset.sentences)
         self.accumulate = accumulate
         self.steps = max(1, dataset.sentences // (self.batch_size * pieces))
         """Optimiser steps of an epoch."""
@@ -155,7 +160,13 @@ class ShardedLoader:
         while True:
             # New worker processes, which know the epoch; its own generator, or loading would shift dropout.
             generator = torch.Generator().manual_seed(self.dataset.seed)
-            loader = DataLoader(self.dataset, batch_size=None, num_workers=self.workers, generator=generator)
+            loader = DataLoader(
+                self.dataset,
+                batch_size=None,
+                num_workers=self.workers,
+                worker_init_fn=outlive_sigterm,
+                generator=generator,
+            )
             found = 0
             for items in loader:
                 found += len(items)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -61,14 +61,25 @@ def start_checkpoint(folder: Path, config_yaml: str, tokenizer: PreTrainedTokeni
         path.write_text(config_yaml, encoding="utf-8")
 
 
-def save_weights(folder: Path, model: METRIS) -> None:
-    """Write or replace the weights of a checkpoint."""
+def save_weights(folder: Path, model: METRIS, *, step: int | None = None) -> None:
+    """Write or replace the weights of a checkpoint, with the step that they are of."""
+    metadata = {} if step is None else {"step": str(step)}
     with written_whole(folder / WEIGHTS) as path:
         try:
-            save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path)
+            weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+            save_file(weights, path, metadata)
         except SafetensorError as error:
             raise InputError(f"{folder / WEIGHTS}: cannot be written ({error}); make room there") from error
         path.chmod((folder / CONFIG).stat().st_mode)  # safetensors gives the owner alone the right to read
+
+
+def step_of_weights(folder: Path) -> int | None:
+    """Tell which step the weights of a checkpoint are of; None where there are none, or it does not say."""
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            return int((file.metadata() or {})["step"])
+    except (SafetensorError, OSError, KeyError, ValueError):
+        return None
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
-from reference_model.data.collate import tokenize
+from reference_model.data.collate import outlive_sigterm, tokenize
 from reference_model.data.reader import OnError
 from reference_model.data.records import Record
 from reference_model.data.transforms import image_pixels, normalized
@@ -103,7 +103,13 @@ class MetrisPredictor:
         """Yield each record with its answer, logits at the model's size."""
         # batch_size=None: what is loaded are batches already.
         feeds, generator = _Feeds(groups, self), torch.Generator()  # else torch's own would move on
-        loader = DataLoader(feeds, batch_size=None, num_workers=self.workers, generator=generator)
+        loader = DataLoader(
+            feeds,
+            batch_size=None,
+            num_workers=self.workers,
+            worker_init_fn=outlive_sigterm,
+            generator=generator,
+        )
         training = self.model.training
         self.model.eval()
         try:

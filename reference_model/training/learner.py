@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from reference_model.data.collate import Batch
 from reference_model.data.transforms import normalized
@@ -45,7 +45,7 @@ class Learner:
 
         self.average: AveragedModel | None = None
         if config.ema_decay is not None:
-            self.average = AveragedModel(model, avg_fn=get_ema_avg_fn(config.ema_decay))
+            self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
         # Processes score different numbers of batches, so they do it with weights that are not spread.
         self.copy = copy.deepcopy(model) if self.sharded else None
         if self.sharded:
@@ -95,13 +95,20 @@ class Learner:
             reported.append(torch.stack([value.detach().float() for value in losses]))
         return torch.stack(reported).mean(dim=0)
 
-    def update(self) -> None:
-        """Take the optimiser's step."""
+    def clip(self) -> Tensor:
+        """Clip the gradients, if the recipe says so.
+
+        Returns:
+            Their norm before that, a scalar, the same on all processes. In fp16 it may be infinite while the
+            loss scale settles; its scaler leaves such steps out.
+        """
         if self.sharded:
             scale.average_scalars(self.parameters)
-        if self.config.clip_norm is not None:
-            self.accelerator.unscale_gradients()
-            scale.clip_gradients(self.parameters, self.config.clip_norm)
+        self.accelerator.unscale_gradients()
+        return scale.clip_gradients(self.parameters, self.config.clip_norm)
+
+    def update(self) -> None:
+        """Take the optimiser's step."""
         self.stepper.step()
         if self.average is not None:
             self.average.update_parameters(self.model)

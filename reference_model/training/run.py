@@ -1,10 +1,14 @@
 """The folder of a run: what is written before, while and after it trains, and how it is taken up again."""
 
+import fcntl
+import hashlib
 import json
+import math
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -19,8 +23,15 @@ from reference_model.configs import build, read_yaml, to_yaml
 from reference_model.data.collate import Batch
 from reference_model.data.records import Record
 from reference_model.data.streaming import ShardedLoader
-from reference_model.files import InputError, written_whole
-from reference_model.model.checkpoint import CONFIG, GENERATED, save_weights, start_checkpoint
+from reference_model.files import InputError, refuse_unwritable, written_whole
+from reference_model.model.checkpoint import (
+    CONFIG,
+    GENERATED,
+    WEIGHTS,
+    save_weights,
+    start_checkpoint,
+    step_of_weights,
+)
 from reference_model.model.loss import Losses
 from reference_model.model.metris import METRIS
 from reference_model.scoring.evaluate import Stream
@@ -33,6 +44,49 @@ from reference_model.training.learner import Learner
 from reference_model.training.sampler import ImageGroupedSampler
 
 BEST = "best"
+_LOCK = ".lock"
+
+
+@contextmanager
+def claimed(config: TrainConfig, accelerator: Accelerator) -> Iterator[bool]:
+    """Keep other commands out of a run's folder while this one is at it.
+
+    Yields:
+        Whether an unfinished run is there to go on with.
+
+    Raises:
+        InputError: A finished run is there, or another process is at it.
+    """
+    if config.dry_run:
+        yield False
+        return
+    file, fresh = None, not config.out.exists()
+
+    def claim() -> bool:
+        nonlocal file
+        unfinished = (config.out / state.STATES).is_dir()
+        if (config.out / WEIGHTS).exists() and not unfinished:
+            raise InputError(
+                f"{config.out}: holds the weights of a run already; choose another --out or remove it"
+            )
+        refuse_unwritable(config.out / _LOCK)
+        config.out.mkdir(parents=True, exist_ok=True)
+        file = (config.out / _LOCK).open("a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"{config.out}: another metris train is at it; wait for that one") from error
+        return unfinished
+
+    try:
+        yield scale.on_first(accelerator, claim)
+    finally:
+        if file is not None:
+            Path(file.name).unlink(missing_ok=True)
+            file.close()
+            if fresh:  # and nothing has been written, as the data or the config could not be used
+                with suppress(OSError):
+                    config.out.rmdir()
 
 
 def seed_process(*numbers: int) -> None:
@@ -54,6 +108,8 @@ class Run:
     """Owns the place in the data."""
     predictor: MetrisPredictor
     val: Sequence[Record] | Stream
+    data: str
+    """What the sentences are, in short: a hash."""
     steps: int
     """Of the whole run."""
     step: int = 0
@@ -90,40 +146,46 @@ class Run:
         """Write what is known before the first step: config, tokenizer, versions, hardware, counts."""
         if self.config.dry_run:
             return
-        if self.first_process:
-            if not self.step:
-                start_checkpoint(self.out, to_yaml(self.config), self.predictor.tokenizer)
-                root = self.config.data.root
-                root = root if root.is_dir() else root.parent
-                if (root / GENERATED).is_file():
-                    with written_whole(self.out / GENERATED) as path:
-                        shutil.copyfile(root / GENERATED, path)
-            parameters = list(self.learner.bare.parameters())
-            facts = {
-                "processes": self.accelerator.num_processes,
-                "data": {
-                    "sentences": self.sampler.sentences,
-                    "images": self.sampler.images,
-                    "val": len(self.val) if isinstance(self.val, Sequence) else None,
-                },
-                "parameters": sum(p.numel() for p in parameters),
-                "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
-                "steps": self.steps,
-            }
-            write_note(self.out, facts, done=self.step, device=self.accelerator.device)
-            (self.out / state.STATES).mkdir(exist_ok=True)
+        scale.on_first(self.accelerator, self._note)
         if self.config.tracker != "none":
-            flat = {name: str(value) for name, value in _flat(asdict(self.config)).items()}
+            flat = {name: str(value) for name, value in flattened(asdict(self.config)).items()}
             self.accelerator.init_trackers("metris", config=flat)
+
+    def _note(self) -> None:
+        if not self.step:
+            written = replace(self.config, json=False)  # it may be given as --config again
+            start_checkpoint(self.out, to_yaml(written), self.predictor.tokenizer)
+            root = self.config.data.root
+            root = root if root.is_dir() else root.parent
+            if (root / GENERATED).is_file():
+                with written_whole(self.out / GENERATED) as path:
+                    shutil.copyfile(root / GENERATED, path)
+        parameters = list(self.learner.bare.parameters())
+        facts = {
+            "processes": self.accelerator.num_processes,
+            "data": {
+                "sentences": self.sampler.sentences,
+                "images": self.sampler.images,
+                "val": len(self.val) if isinstance(self.val, Sequence) else None,
+            },
+            "parameters": sum(p.numel() for p in parameters),
+            "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+            "steps": self.steps,
+            "resources": {name: str(getattr(self.config, name)) for name in RESOURCES},
+        }
+        write_note(self.out, facts, done=self.step, device=self.accelerator.device)
+        (self.out / state.STATES).mkdir(exist_ok=True)
 
     def save(self) -> None:
         """Save a state; all processes must call it."""
         scale.take_from_first(self.learner.bare)
         tensors, rngs = self.learner.tensors(), gather_object([state.random_state()])
         scaler = self.accelerator.scaler
-        if self.first_process:
+
+        def write() -> None:
             facts = {
                 "step": self.step,
+                "data": self.data,
                 "workers": self.config.data.workers,
                 "epoch": self.sampler.epoch,
                 "position": self.sampler.position,
@@ -135,7 +197,8 @@ class Run:
                 "scaler": None if scaler is None else scaler.state_dict(),
             }
             state.save_state(self.out, tensors, facts, rngs, keep=self.config.keep_last)
-        self.accelerator.wait_for_everyone()
+
+        scale.on_first(self.accelerator, write)
 
     def go_on(self) -> None:
         """Take up the newest sound state of the folder, or begin where there is none.
@@ -143,21 +206,26 @@ class Run:
         Raises:
             InputError: The folder holds a run with other settings or other data.
         """
-        found = state.load_state(self.out, say=self.first_process)
-        self.accelerator.wait_for_everyone()
+        # One process chooses: machines may see a shared folder differently.
+        newest = scale.on_first(self.accelerator, lambda: state.newest_state(self.out))
         if self.first_process:
             state.clear_leftovers(self.out)
         rank = self.accelerator.process_index
-        if found is None:
+        if newest is None:
             self._say(f"{self.out}: was interrupted before it saved a state, begins again")
             if rank:
                 seed_process(self.config.seed, rank)
             return
+        found = state.load_state(newest)
         self._refuse_another(found)
         facts = found.facts
         self.learner.restore(found.tensors, facts["scaler"])
         self.step, self.skipped = facts["step"], facts["skipped"]
         self.best, self.best_scores = [(s, n) for s, n in facts["best"]], facts["best_scores"]
+        if self.best and step_of_weights(self.out) != self.best[0][1]:
+            # Killed after an evaluation that no state knows of.
+            self._say(f"{self.out}: the weights there are of a later step; the next evaluation replaces them")
+            self.best = []
         self.started = time.monotonic() - facts["seconds"]
         self.sampler.epoch, self.sampler.position = facts["epoch"], facts["position"]
         if len(found.rngs) == self.accelerator.num_processes:
@@ -174,28 +242,31 @@ class Run:
 
     def leave(self) -> None:
         """End the process in good order, its state being saved."""
-        self._say(f"metris: SIGTERM: saved step {self.step} of {self.steps}; the same command goes on there")
+        saved = f"saved step {self.step} of {self.steps}; the same command goes on there"
+        self._say(f"metris: SIGTERM: {'a dry run saves nothing' if self.config.dry_run else saved}")
         self.accelerator.end_training()
         raise SystemExit(0)
 
-    def leave_out(self, step: int, losses: Losses, micro_batches: Sequence[Batch]) -> None:
-        """Write down the sentences of a step whose loss is not finite, and leave it out if that is allowed.
+    def leave_out(self, step: int, losses: Losses, norm: float, micro_batches: Sequence[Batch]) -> None:
+        """Write down the sentences of a step whose loss or gradient is not finite; leave it out if allowed.
 
         Raises:
             InputError: It is not.
         """
         records = gather_object([_identity(record) for batch in micro_batches for record in batch.records])
-        dump = self.out / f"nonfinite-step-{step:08d}.json"
-        shown = {name: str(value) for name, value in losses._asdict().items()}
-        if self.first_process and not self.config.dry_run:
-            with written_whole(dump) as path:
-                path.write_text(json.dumps({"step": step, **shown, "sentences": records}, indent=2) + "\n")
-        line = f"step {step}: loss is {shown['total']} on sentences {[r['sent_id'] for r in records]}"
+        shown = {name: str(value) for name, value in losses._asdict().items()} | {"gradient_norm": str(norm)}
+        content = json.dumps({"step": step, **shown, "sentences": records}, indent=2) + "\n"
+        what = f"loss is {shown['total']}" if not math.isfinite(losses.total) else f"gradient norm is {norm}"
+        line = f"step {step}: {what} on sentences {[r['sent_id'] for r in records]}"
+        if not self.config.dry_run:
+            dump = self.out / f"nonfinite-step-{step:08d}.json"
+            scale.on_first(self.accelerator, lambda: _written(dump, content))
+            line += f", see {dump}"
         if self.skipped >= self.config.skip_nonfinite:
-            limit = f"after {self.skipped} steps left out (skip_nonfinite)" if self.skipped else ""
-            raise InputError(f"{line}, see {dump} {limit}; lower learning_rate".replace(" ;", ";"))
+            limit = f" after {self.skipped} steps left out (skip_nonfinite)" if self.skipped else ""
+            raise InputError(f"{line}{limit}; take another --out with a lower learning_rate")
         self.skipped += 1
-        self._say(f"{line}, left out ({self.skipped} of at most {self.config.skip_nonfinite}), see {dump}")
+        self._say(f"{line}, left out ({self.skipped} of at most {self.config.skip_nonfinite})")
 
     def evaluate(self) -> dict[str, float]:
         """Score val, each process its share, and keep the weights if they are among the best."""
@@ -208,10 +279,7 @@ class Run:
         self.best = ranked[: self.config.keep_best]
         if self.best[0][1] == self.step:
             self.best_scores = scores
-            if self.first_process:
-                save_weights(self.out, predictor.model)
-        if self.config.keep_best > 1 and self.first_process:
-            self._keep_beside(predictor.model)
+        scale.on_first(self.accelerator, lambda: self._keep(predictor.model))
         return scores
 
     def finish(self) -> Path:
@@ -257,13 +325,17 @@ class Run:
         self.accelerator.end_training()
         return self.out
 
-    def _keep_beside(self, model: METRIS) -> None:
-        """Keep the weights of each of the best evaluations as a checkpoint of its own."""
+    def _keep(self, model: METRIS) -> None:
+        """Write the weights of the best evaluation, and of each of the best as a checkpoint of its own."""
+        if self.best[0][1] == self.step:
+            save_weights(self.out, model, step=self.step)
+        if self.config.keep_best == 1:
+            return
         folders = [self.out / BEST / f"step-{step:08d}" for _, step in self.best]
         mine = self.out / BEST / f"step-{self.step:08d}"
         if mine in folders:
             start_checkpoint(mine, to_yaml(self.config), self.predictor.tokenizer)
-            save_weights(mine, model)
+            save_weights(mine, model, step=self.step)
         for folder in set((self.out / BEST).glob("step-*")) - set(folders):
             shutil.rmtree(folder)
 
@@ -271,10 +343,7 @@ class Run:
         path = self.out / CONFIG
         # What is newer than the run had its default then.
         before = build(TrainConfig, read_yaml(path, TrainConfig), source=str(path))
-        held, asked = (_settings(config) for config in (before, self.config))
-        keys = [key for key in {**held, **asked} if held.get(key) != asked.get(key)]
-        differing = [f"{key}={held.get(key)} (asked for {asked.get(key)})" for key in keys]
-        if differing:
+        if differing := differences(before, self.config):
             raise InputError(
                 f"{self.out}: holds an unfinished run with {', '.join(differing)}; choose another --out"
             )
@@ -282,24 +351,53 @@ class Run:
             raise InputError(
                 f"{self.out}: was trained on {then} sentences, now there are {now}; restore the data"
             )
+        if found.facts["data"] != self.data:
+            raise InputError(
+                f"{self.out}: was trained on other sentences than {self.config.data.root} holds now, or "
+                "scored on others; restore the data"
+            )
 
     def _say(self, line: str) -> None:
         if self.first_process:
             tqdm.write(line, sys.stderr)
 
 
-def _settings(config: TrainConfig) -> dict[str, str]:
-    """Give all that the result depends on; places, processes and memory do not count."""
-    flat = {key: str(value) for key, value in _flat(asdict(config)).items()}
-    return {key: value for key, value in flat.items() if key not in (*RESOURCES, "data.root", "data.workers")}
+def differences(held: TrainConfig, asked: TrainConfig) -> list[str]:
+    """Name the settings in which two configs differ, of those that the result depends on.
+
+    Places, processes and memory do not count.
+    """
+    aside = (*RESOURCES, "data.root", "data.workers")
+    one, other = (flattened(asdict(config)) for config in (held, asked))
+    return [
+        f"{key}={one.get(key)} (asked for {other.get(key)})"
+        for key in {**one, **other}
+        if key not in aside and str(one.get(key)) != str(other.get(key))
+    ]
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Name the values of nested mappings by dotted names."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         nested = isinstance(value, Mapping) and value
-        flat |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+        flat |= flattened(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
     return flat
+
+
+def digest(*splits: Iterable[Record]) -> str:
+    """Hash the ids and sentences of splits, in their order."""
+    found = hashlib.sha256()
+    for records in splits:
+        for record in records:
+            found.update(f"{record.sent_id} {record.image_id} {record.expression}\n".encode())
+        found.update(b"\0")
+    return found.hexdigest()
+
+
+def _written(place: Path, content: str) -> None:
+    with written_whole(place) as path:
+        path.write_text(content)
 
 
 def _identity(record: Record) -> dict[str, Any]:

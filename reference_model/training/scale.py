@@ -5,7 +5,7 @@ bf16 or fp16, and scales the loss of fp16. Its FSDP2 wants GPUs, so torch's own 
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast_object_list
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -31,14 +33,22 @@ def start_processes(config: TrainConfig) -> Accelerator:
     Raises:
         InputError: The device cannot be had, or cannot do what is asked for.
     """
+    several = "WORLD_SIZE" in os.environ
+    if several and (config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())):
+        # Before anything else touches a GPU, or every process would hold some memory of the first one.
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     device = pick_device(config.device)
+    if device.type == "cuda" and ":" in config.device:
+        if several:
+            raise InputError(
+                f"device {config.device}: torchrun gives each process a GPU of its own; use cuda or auto"
+            )
+        torch.cuda.set_device(device)  # whose random numbers a state takes
     if config.precision == "fp16" and device.type != "cuda":
         raise InputError(f"precision fp16: needs a GPU, the device is {device}; use bf16 or float32")
     if config.precision == "fp16" and config.sharding == "fsdp2":
         raise InputError("precision fp16: its loss scaling does not know sharding fsdp2; use bf16")
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if several and not dist.is_initialized():
         # Scores are added up on the CPU, gradients where they are.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     # It is one for the whole process otherwise, with the settings of the run before.
@@ -80,23 +90,23 @@ def checkpoint_layers(model: nn.Module) -> None:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
-def share_batch_norm(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+def share_batch_norm(model: nn.Module, accelerator: Accelerator) -> None:
     """Let batch norm see the batch of all processes, where its kernel can."""
     several = accelerator.num_processes > 1
     if several and any(isinstance(part, _BatchNorm) for part in model.modules()):
         if accelerator.device.type == "cuda":
-            return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        accelerator.print("batch norm: on the CPU each process takes the statistics of its own sentences")
-    return model
+            convert_sync_batchnorm(model)  # timm's: torch's drops the activation of timm's fused layers
+        else:
+            accelerator.print("batch norm: on the CPU each process takes the statistics of its own sentences")
 
 
-def shard(module: nn.Module) -> nn.Module:
+def shard(module: nn.Module) -> None:
     """Spread parameters over all processes with FSDP2, layer by layer; scalars stay whole."""
     mesh = dist.init_device_mesh("cuda" if dist.get_backend() != "gloo" else "cpu", (dist.get_world_size(),))
     scalars = {p for p in module.parameters() if p.ndim == 0}
     for layer in layers(module):
         fully_shard(layer, mesh=mesh, ignored_params=scalars)
-    return fully_shard(module, mesh=mesh, ignored_params=scalars)
+    fully_shard(module, mesh=mesh, ignored_params=scalars)
 
 
 # ------------------------------------------------------------------------------------------------- gradients
@@ -117,17 +127,41 @@ def average_scalars(parameters: Iterable[nn.Parameter]) -> None:
             dist.all_reduce(p.grad.div_(dist.get_world_size()))
 
 
-def clip_gradients(parameters: Sequence[nn.Parameter], most: float) -> None:
-    """Scale all gradients alike so that their norm is at most ``most``, spread or not."""
+def clip_gradients(parameters: Sequence[nn.Parameter], most: float | None) -> Tensor:
+    """Scale all gradients alike so that their norm is at most ``most``, if given, and return what it was.
+
+    The same on all processes, whether gradients are averaged or spread.
+    """
+    # Those that are spread and those that are not.
     kinds = [[p for p in parameters if p.grad is not None and isinstance(p.grad, DTensor) is spread]
              for spread in (False, True)]  # fmt: skip
-    if not kinds[1]:
-        nn.utils.clip_grad_norm_(parameters, most)
-        return
     norms = [nn.utils.get_total_norm([p.grad for p in kind]) for kind in kinds if kind]
-    norm = torch.stack([x.full_tensor() if isinstance(x, DTensor) else x for x in norms]).norm()
-    for kind in kinds:
-        nn.utils.clip_grads_with_norm_(kind, most, norm)
+    whole = [x.full_tensor() if isinstance(x, DTensor) else x for x in norms]
+    norm = whole[0] if len(whole) == 1 else torch.stack(whole).norm()
+    if most is not None:
+        for kind in kinds:
+            nn.utils.clip_grads_with_norm_(kind, most, norm)
+    return norm
+
+
+def on_first(accelerator: Accelerator, task: Callable[[], Any]) -> Any:
+    """Do something on the first process alone and give its result to all; they wait for it.
+
+    Raises:
+        InputError: The first process met it, or an OSError; all raise it, so that none waits for ever.
+    """
+    if accelerator.num_processes == 1:
+        return task()
+    result, error = None, None
+    if accelerator.is_main_process:
+        try:
+            result = task()
+        except (InputError, OSError) as failure:
+            error = str(failure)
+    result, error = broadcast_object_list([result, error])
+    if error is not None:
+        raise InputError(error)
+    return result
 
 
 def mean_over_processes(values: Tensor) -> Tensor:

@@ -153,31 +153,37 @@ def save_state(
     return states / f"step-{facts['step']:08d}"
 
 
-def load_state(run: Path, *, say: bool = True) -> State | None:
-    """Read the newest state whose hashes hold; None where there is none.
-
-    Args:
-        run: Folder of the run.
-        say: Name those that were left aside, on stderr.
-    """
+def newest_state(run: Path) -> Path | None:
+    """Find the newest state of a run whose hashes hold, and name on stderr those that are left aside."""
     states = run / STATES
     for step in reversed(_steps(states)):
         folder = states / f"step-{step:08d}"
         problem = _problem(folder)
         if problem is None:
-            rngs = [json.loads(path.read_text()) for path in sorted(folder.glob("rng-*.json"))]
-            facts = json.loads((folder / _FACTS).read_text())
-            return State(folder, load_file(folder / _TENSORS), facts, rngs)
-        if say:
-            print(f"{folder}: {problem}; left aside for the one before", file=sys.stderr)
+            return folder
+        print(f"{folder}: {problem}; left aside for the one before", file=sys.stderr)
     return None
+
+
+def load_state(folder: Path) -> State:
+    """Read a state that `newest_state` found.
+
+    Raises:
+        InputError: This process, maybe on another machine, does not see it as it was written.
+    """
+    if problem := _problem(folder):
+        raise InputError(f"{folder}: {problem}; give a folder that all machines see alike")
+    rngs = [json.loads(path.read_text()) for path in sorted(folder.glob("rng-*.json"))]
+    facts = json.loads((folder / _FACTS).read_text())
+    return State(folder, load_file(folder / _TENSORS), facts, rngs)
 
 
 def clear_leftovers(run: Path) -> None:
     """Remove what a run that was killed while it wrote left half-written."""
-    for folder in (run, run / STATES):
+    for folder in (run, run / STATES, *run.glob("best/*")):
         for path in folder.glob(".*.????????"):  # as `written_whole` names them
             shutil.rmtree(path, ignore_errors=True)
+    shutil.rmtree(run / f".{STATES}", ignore_errors=True)
 
 
 def finish(run: Path) -> None:

@@ -1,5 +1,6 @@
 """Train METRIS: parse -> data -> model, loss, optimiser -> resume -> loop -> evaluate -> checkpoint."""
 
+import hashlib
 import importlib.util
 import math
 import signal
@@ -11,26 +12,26 @@ from pathlib import Path
 from types import FrameType
 
 import torch
+from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from reference_model.data.collate import Batch, Collate, ReferringDataset, report_overlong
+from reference_model.data.collate import Batch, Collate, ReferringDataset, outlive_sigterm, report_overlong
 from reference_model.data.layouts import read
 from reference_model.data.streaming import ShardedDataset, ShardedLoader
 from reference_model.files import InputError
 from reference_model.model.build import build_metris
-from reference_model.model.checkpoint import WEIGHTS
 from reference_model.model.config import ModelConfig
 from reference_model.model.loss import Losses, MetrisLoss
 from reference_model.model.metris import METRIS
 from reference_model.model.text_encoder import article_ids, build_tokenizer, load_tokenizer
 from reference_model.scoring.evaluate import Stream
 from reference_model.scoring.metris_predictor import MetrisPredictor
-from reference_model.training import scale, state
+from reference_model.training import scale
 from reference_model.training.config import TrainConfig
 from reference_model.training.journal import Log, Meter, progress_bar
 from reference_model.training.learner import Learner
-from reference_model.training.run import Run, seed_process
+from reference_model.training.run import Run, claimed, digest, seed_process
 from reference_model.training.sampler import ImageGroupedSampler, piece_size
 from reference_model.training.schedule import polynomial_decay
 
@@ -47,12 +48,12 @@ def train(config: TrainConfig) -> Path:
         SystemExit: With code 0, on SIGTERM, once the state is saved.
     """
     _check_ranges(config)
-    unfinished = (config.out / state.STATES).is_dir() and not config.dry_run
-    if (config.out / WEIGHTS).exists() and not unfinished and not config.dry_run:
-        raise InputError(
-            f"{config.out}: holds the weights of a run already; choose another --out or remove it"
-        )
     accelerator = scale.start_processes(config)
+    with claimed(config, accelerator) as unfinished:
+        return _train(config, accelerator, unfinished=unfinished)
+
+
+def _train(config: TrainConfig, accelerator: Accelerator, *, unfinished: bool) -> Path:
     torch.manual_seed(config.seed)
 
     # Data
@@ -61,11 +62,13 @@ def train(config: TrainConfig) -> Path:
         if config.cache:
             raise InputError("cache: shards are streamed, and none of their images held; leave it out")
         records, val = Stream(data, config.train_split), Stream(data, config.val_split)
-        next(iter(val), None)  # now rather than at the first evaluation: is there such a split?
+        # Now rather than at the first evaluation: is there such a split?
         sentences = data.sentences(config.train_split)
     else:
         records, val = data.records(config.train_split), data.records(config.val_split)
         sentences = (record.expression for record in records)
+    if next(iter(val), None) is None:
+        raise InputError(f"{config.data.root}: split {config.val_split} has no sentence to select weights by")
     tokenizer, model_config = _tokenizer(config.model, sentences)
     collate = Collate(tokenizer, model_config.max_tokens)
     pinned = accelerator.device.type == "cuda"
@@ -95,6 +98,7 @@ def train(config: TrainConfig) -> Path:
             num_workers=config.data.workers,
             persistent_workers=config.data.workers > 0,
             pin_memory=pinned,
+            worker_init_fn=outlive_sigterm,
             # Its own generator: otherwise each new iterator would shift the dropout of the run.
             generator=torch.Generator().manual_seed(config.seed),
         )
@@ -121,7 +125,9 @@ def train(config: TrainConfig) -> Path:
     )
 
     # Resume
-    run = Run(config, accelerator, learner, sampler, predictor, val, steps)
+    # Of shards, what their index says: reading them all would take as long as an epoch.
+    known = hashlib.sha256(str(data.shards).encode()).hexdigest() if data.streamed else digest(records, val)
+    run = Run(config, accelerator, learner, sampler, predictor, val, known, steps)
     if unfinished:
         run.go_on()
     elif accelerator.process_index:
@@ -148,18 +154,20 @@ def train(config: TrainConfig) -> Path:
             means = learner.gradients(micro_batches)
             shared = scale.mean_over_processes(torch.cat([means, means.new_tensor([stop.asked])])).tolist()
             losses, stopping = Losses(*shared[:-1]), shared[-1] > 0
-            if math.isfinite(losses.total):
+            norm = learner.clip().item()
+            if math.isfinite(losses.total) and (math.isfinite(norm) or config.precision == "fp16"):
                 learner.update()
             else:
-                run.leave_out(step, losses, micro_batches)
-            rate = schedule.get_last_lr()[0]
+                run.leave_out(step, losses, norm, micro_batches)
+            # Without the factors of the encoders, whichever group comes first.
+            rate = config.learning_rate * schedule.lr_lambdas[0](schedule.last_epoch)
             schedule.step()
             epoch_ends = sampler.advance()
             run.step = step
             meter.count(sum(len(batch.images) for batch in micro_batches) * accelerator.num_processes)
             bar.update()
             if step % config.log_every == 0 or step == last:
-                entry = {"learning_rate": rate, **losses._asdict(), **meter.read()}
+                entry = {"learning_rate": rate, **losses._asdict(), "gradient_norm": norm, **meter.read()}
                 bar.set_postfix_str(_shown(entry))
                 log.write(step=step, seconds=run.seconds, **entry)
                 accelerator.log(entry, step=step)
@@ -264,6 +272,5 @@ def _check_ranges(config: TrainConfig) -> None:
     for name, value in (("seed", config.seed), ("data.workers", config.data.workers)):
         if not 0 <= value < 2**31:
             raise InputError(f"{name}: must be in [0, 2^31), got {value}")
-    tracker = {"none": "json", "tensorboard": "tensorboard"}.get(config.tracker, config.tracker)
-    if importlib.util.find_spec(tracker) is None:
+    if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
         raise InputError(f"tracker {config.tracker}: is not installed; pip install {config.tracker}")

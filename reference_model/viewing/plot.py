@@ -53,7 +53,7 @@ def entries(run: Path) -> list[dict[str, Any]]:
         if isinstance(entry, dict) and isinstance(entry.get("step"), int):
             found.append(entry)
     if not found:
-        raise InputError(f"{run / LOG}: logs no step yet; wait for the first ten")
+        raise InputError(f"{run / LOG}: logs no step yet; wait for the first line")
     return found
 
 

@@ -95,7 +95,9 @@ def recorded(config: TrainConfig, *, world: int = 1, kill_at: int | None = None)
         def watched_clip(parameters, most):
             norms = [state.whole(p.grad).norm() for p in parameters if p.grad is not None]
             found["norms"].append(torch.stack(norms).norm().item())
-            clip(parameters, most)
+            told = clip(parameters, most)
+            assert told.item() == pytest.approx(found["norms"][-1], rel=1e-5)
+            return told
 
         def watched_gradients(learner, micro_batches):
             if kill_at is not None and len(found["sentences"]) == kill_at:
@@ -187,14 +189,48 @@ def test_dropout_of_two_processes_goes_on_after_a_kill(run_config, tmp_path):
 
 
 def test_batch_that_two_processes_cannot_share_is_refused(plain, tmp_path):
-    refused = []
-
     def task(rank: int) -> None:
         with pytest.raises(InputError, match="15 sentences cannot be cut into 2 processes x 1"):
             train(replace(plain, out=tmp_path / "run", batch_size=15))
-        refused.append(rank)
 
     assert on_processes(2, task) == [0]
+
+
+def test_error_of_the_first_process_reaches_the_other(plain, tmp_path):
+    """None waits for one that is gone."""
+
+    def task(rank: int) -> None:
+        def full(*_: Any, **__: Any) -> None:
+            raise InputError("state: cannot be written; make room there")
+
+        state.save_state = full
+        with pytest.raises(InputError, match="make room there"):
+            train(replace(plain, out=tmp_path / "run", save_every=2))
+
+    assert on_processes(2, task) == [0]
+
+
+def test_gradient_that_is_not_finite_on_one_process_leaves_the_step_out_on_both(plain, tmp_path):
+    config = replace(plain, out=tmp_path / "run", steps=4, skip_nonfinite=1)
+
+    def task(rank: int) -> None:
+        gradients, steps = Learner.gradients, []
+
+        def poisoned(learner: Learner, micro_batches: Any) -> torch.Tensor:
+            steps.append(1)
+            if rank == 1 and len(steps) == 2:
+                hook = learner.parameters[0].register_hook(lambda grad: grad * float("nan"))
+                means = gradients(learner, micro_batches)
+                hook.remove()
+                return means
+            return gradients(learner, micro_batches)
+
+        Learner.gradients = poisoned
+        train(config)
+
+    assert on_processes(2, task) == [0]
+    assert [path.name for path in config.out.glob("nonfinite*")] == ["nonfinite-step-00000002.json"]
+    assert all(tensor.isfinite().all() for tensor in load_weights(config.out).values())
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -17,11 +18,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from reference_model.data.config import ConvertConfig, DataConfig
 from reference_model.data.convert import convert
 from reference_model.files import InputError
-from reference_model.model.checkpoint import load_weights
+from reference_model.model.checkpoint import load_weights, step_of_weights
 from reference_model.training import run as run_module
 from reference_model.training import state
 from reference_model.training.config import TrainConfig
@@ -124,6 +126,11 @@ def killed_at(event: int, config: TrainConfig) -> int:
     return in_child(task)
 
 
+def newest(run: Path) -> state.State | None:
+    found = state.newest_state(run)
+    return None if found is None else state.load_state(found)
+
+
 def digest(run: Path) -> str:
     return hashlib.sha256((run / "model.safetensors").read_bytes()).hexdigest()
 
@@ -155,7 +162,7 @@ def test_run_killed_at_twenty_random_points_ends_with_the_same_weights(long_conf
 def test_kill_with_worker_processes_changes_nothing(long_config, uninterrupted, tmp_path):
     config = replace(long_config, out=tmp_path / "r", data=replace(long_config.data, workers=2), save_every=4)
     assert killed_at(36, config) == -signal.SIGKILL
-    held = state.load_state(config.out)
+    held = newest(config.out)
     assert held is not None and 0 < held.facts["step"] < STEPS
     train(replace(config, data=replace(config.data, workers=0)))
     assert digest(config.out) == digest(uninterrupted)
@@ -169,7 +176,7 @@ def test_kill_in_the_middle_of_an_epoch_of_shards_changes_nothing(long_config, s
     train(config)
     killed = replace(config, out=tmp_path / "killed")
     assert killed_at(15, killed) == -signal.SIGKILL
-    assert state.load_state(killed.out).facts["position"] > 0
+    assert newest(killed.out).facts["position"] > 0
     train(killed)
     assert digest(killed.out) == digest(config.out)
 
@@ -206,13 +213,36 @@ def test_sigterm_saves_and_exits_with_zero(long_config, uninterrupted, tmp_path,
     assert in_child(task) == 0
     says = r"SIGTERM: saved step (5|6) of 14; the same command goes on there"
     assert re.search(says, capfd.readouterr().err)
-    assert state.load_state(config.out).facts["step"] in (5, 6)
+    assert newest(config.out).facts["step"] in (5, 6)
     assert not (config.out / "model.safetensors").exists()
     train(config)
     # Evaluated at the end alone, so the weights are the last ones.
     last = replace(config, out=tmp_path / "last")
     train(last)
     assert digest(config.out) == digest(last.out)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_sigterm_to_the_whole_job_saves_too(long_config, tmp_path, workers):
+    """Schedulers signal every process of a job, those that load data among them."""
+    data = replace(long_config.data, workers=workers)
+    config = replace(long_config, out=tmp_path / "run", save_every=0, evaluate_every=0, data=data, steps=60)
+
+    def task():
+        os.setpgrp()
+        update, done = Learner.update, []
+
+        def then_terminate(learner):
+            update(learner)
+            done.append(1)
+            if len(done) == 3:
+                os.killpg(0, signal.SIGTERM)
+
+        Learner.update = then_terminate
+        train(config)
+
+    assert in_child(task) == 0
+    assert newest(config.out).facts["step"] in (3, 4)
 
 
 def test_handler_of_sigterm_is_given_back(run_config, tmp_path):
@@ -266,7 +296,7 @@ def test_damaged_state_is_left_aside_aloud(interrupted, capsys, name, damage):
     else:
         content[len(content) * 2 // 3] ^= 1
         path.write_bytes(content)
-    assert state.load_state(interrupted.out).facts["step"] == 6
+    assert newest(interrupted.out).facts["step"] == 6
     said = capsys.readouterr().err
     assert "step-00000007" in said and "left aside for the one before" in said
 
@@ -286,6 +316,22 @@ def test_run_without_any_sound_state_begins_again(interrupted, uninterrupted, ca
     assert digest(interrupted.out) == digest(uninterrupted)
 
 
+def test_file_that_may_not_grow_leaves_the_state_before(interrupted, uninterrupted, capfd):
+    """A limit of the system, not a stand-in: what safetensors raises is not an OSError."""
+    size = (interrupted.out / "state/step-00000007/tensors.safetensors").stat().st_size
+
+    def limited():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
+        with pytest.raises(InputError, match=r"state: cannot be written .*; make room there"):
+            train(interrupted)
+
+    assert in_child(limited) == 0
+    assert newest(interrupted.out).facts["step"] == 7
+    train(interrupted)
+    assert digest(interrupted.out) == digest(uninterrupted)
+
+
 @pytest.mark.parametrize("where", ["tensors", "flush"])
 def test_full_disk_leaves_the_state_before(interrupted, uninterrupted, monkeypatch, where):
     def full(*_):
@@ -298,7 +344,7 @@ def test_full_disk_leaves_the_state_before(interrupted, uninterrupted, monkeypat
             patch.setattr(os, "fsync", full_for_states(os.fsync, full))
         with pytest.raises(InputError, match=r"step-00000008: cannot be written \(No space left on device\)"):
             train(interrupted)
-    held = state.load_state(interrupted.out)
+    held = newest(interrupted.out)
     assert held.facts["step"] == 7
     train(interrupted)
     assert digest(interrupted.out) == digest(uninterrupted)
@@ -399,6 +445,51 @@ def test_random_numbers_of_all_three_kinds_go_on():
     assert draw() != first
     state.set_random_state(held)
     assert draw() == first
+
+
+def test_weights_of_an_evaluation_that_no_state_knows_of_are_replaced(
+    long_config, tmp_path, monkeypatch, capsys
+):
+    """Killed between them: the weights are of step 14, and the state knows of the best of step 7 alone."""
+    config = replace(long_config, out=tmp_path / "run", save_every=0)
+    assert killed_at_step(STEPS, config) == -signal.SIGKILL
+    known = newest(config.out).facts["best"][0]
+    assert step_of_weights(config.out) == known[1] < STEPS
+    weights = load_weights(config.out)
+    save_file(weights, config.out / "model.safetensors", {"step": str(STEPS)})
+    monkeypatch.setattr(
+        "reference_model.scoring.evaluator.Evaluator.score", lambda *_, **__: {"mIoU": -1.0, "oIoU": 0.0}
+    )
+    train(config)
+    assert "are of a later step" in capsys.readouterr().err
+    assert step_of_weights(config.out) == STEPS and digest(config.out) is not None
+    assert any(not torch.equal(tensor, weights[name]) for name, tensor in load_weights(config.out).items())
+
+
+def test_second_command_in_a_run_is_refused(long_config, tmp_path, monkeypatch):
+    config = replace(long_config, out=tmp_path / "run")
+    gradients, tried = Learner.gradients, []
+
+    def meanwhile(learner, micro_batches):
+        if not tried:
+            tried.append(1)
+            with pytest.raises(InputError, match="another metris train is at it; wait for that one"):
+                train(config)
+        return gradients(learner, micro_batches)
+
+    monkeypatch.setattr(Learner, "gradients", meanwhile)
+    train(config)
+    assert tried and not (config.out / ".lock").exists()
+
+
+def test_other_sentences_of_the_same_number_are_refused(interrupted, scenes, tmp_path):
+    root = shutil.copytree(scenes, tmp_path / "other")
+    path = next(root.glob("*/refs(unc).p"))
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"circle", b"cirkle"))
+    assert path.read_bytes() != content
+    with pytest.raises(InputError, match="was trained on other sentences than"):
+        train(replace(interrupted, data=replace(interrupted.data, root=root)))
 
 
 def test_best_score_survives_a_kill(long_config, tmp_path, monkeypatch):

@@ -3,18 +3,22 @@
 import json
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from timm.layers import BatchNormAct2d
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reference_model.cli import main
+from reference_model.data.transforms import normalized
 from reference_model.files import InputError
 from reference_model.model.build import build_metris
 from reference_model.model.checkpoint import load_checkpoint
 from reference_model.model.metris import METRIS
-from reference_model.training import journal, scale
+from reference_model.training import journal, scale, state
 from reference_model.training.learner import Learner
 from reference_model.training.sampler import ImageGroupedSampler
 from reference_model.training.schedule import adamw, polynomial_decay
@@ -415,16 +419,61 @@ def test_dry_run_leaves_a_finished_run_as_it_is(run, run_config, capsys):
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
-def test_tracker_gets_what_the_log_does(another, monkeypatch):
-    sent = []
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    monkeypatch.setattr("accelerate.Accelerator.init_trackers", lambda *a, **k: sent.append(k["config"]))
-    monkeypatch.setattr("accelerate.Accelerator.log", lambda _, values, step: sent.append((step, values)))
+def test_tracker_gets_what_the_log_does(another):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     config = another(tracker="tensorboard")
     train(config)
-    assert all(isinstance(value, str) for value in sent[0].values())
-    assert sent[1][0] == 4 and {"total", "learning_rate", "images_per_second"} <= sent[1][1].keys()
-    assert "val/mIoU" in sent[2][1]
+    events = EventAccumulator(str(config.out / "metris")).Reload()
+    logged = [json.loads(line) for line in (config.out / "log.jsonl").read_text().splitlines()]
+    for name, value in {**logged[0], **{f"val/{key}": x for key, x in logged[1]["val"].items()}}.items():
+        if name not in ("step", "seconds"):
+            (point,) = events.Scalars(name)
+            assert (point.step, point.value) == (logged[0]["step"], pytest.approx(value))
+
+
+def test_gradient_that_is_not_finite_stops_the_run_before_it_spoils_the_weights(another):
+    """With a finite loss: an overflow on the way back alone."""
+    config = another(save_every=1)
+    steps, clip = [], Learner.clip
+
+    def spoilt(learner):
+        steps.append(1)
+        if len(steps) == 3:
+            learner.parameters[0].grad.fill_(float("nan"))
+        return clip(learner)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Learner, "clip", spoilt)
+        with pytest.raises(InputError, match=r"step 3: gradient norm is nan on sentences .*another --out"):
+            train(config)
+    newest = state.load_state(state.newest_state(config.out))
+    assert newest.facts["step"] == 2
+    assert all(x.isfinite().all() for x in newest.tensors.values() if x.is_floating_point())
+
+
+def test_learning_rate_that_is_told_is_the_one_that_was_given(another):
+    run = train(another(image_encoder_lr=0.1, poly_power=0.0))
+    assert json.loads((run / "log.jsonl").read_text().splitlines()[0])["learning_rate"] == 1e-3
+
+
+def test_pixels_are_normalised_where_they_are():
+    """On any device; a fake one stands for the GPU."""
+    with FakeTensorMode():
+        found = normalized(torch.empty(2, 3, 8, 8, dtype=torch.uint8, device="cuda"))
+    assert found.device.type == "cuda" and found.dtype == torch.float32
+
+
+def test_batch_norm_shared_by_gpus_keeps_its_activation():
+    """timm's layers with both in one: what torch makes of them has the norm alone."""
+    model = torch.nn.Sequential(BatchNormAct2d(4))
+    accelerator = SimpleNamespace(num_processes=2, device=torch.device("cuda"))
+    scale.share_batch_norm(model, accelerator)
+    (shared,) = [part for part in model.modules() if isinstance(part, torch.nn.SyncBatchNorm)]
+    shared.eval()
+    x = torch.randn(2, 4, 3, 3)
+    torch.testing.assert_close(shared(x), BatchNormAct2d(4).eval()(x))
+    assert (shared(x) >= 0).all()
 
 
 def test_tracker_that_is_not_installed_is_refused(another, monkeypatch):
