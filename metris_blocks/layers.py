@@ -107,7 +107,8 @@ def _is_plain(proj: nn.Module) -> bool:
     A guest may have put LoRA, a quantised layer, pruning or hooks there; absorbing would pass over them.
     """
     hooks = proj._forward_hooks or proj._forward_pre_hooks or proj._backward_hooks or proj._backward_pre_hooks
-    return type(proj) is nn.Linear and not hooks
+    # Weights that wrap other tensors, quantised or sharded ones, know how to be multiplied, and little else.
+    return type(proj) is nn.Linear and not hooks and not hasattr(proj.weight, "__tensor_flatten__")
 
 
 class FeedForward(nn.Sequential):

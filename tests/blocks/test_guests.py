@@ -14,13 +14,14 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.nn.utils import parametrizations, prune
+from torch.testing._internal.two_tensor import TwoTensor
 
 from metris_blocks import PixelContrastiveLoss, VisualExpressionExtractor
 from metris_blocks.curation import GlobalCue
 from metris_blocks.layers import MultiHeadAttention
 from metris_blocks.ops import top_r_mask
 from tests import paper
-from tests.conftest import assert_equal, assert_within_budget
+from tests.conftest import assert_compiles_once, assert_equal, assert_within_budget
 from tests.strategies import normal, paddings, seeds, sizes
 
 HEADS, DIM = 2, 16
@@ -172,6 +173,15 @@ def test_cue_mask_speaks_of_the_words_given_and_the_cue_always_curates():
     assert out.mask.equal(torch.tensor([[True, False, False, False, False]] * 3))
     with pytest.raises(ValueError, match="cue_mask 'b l' has l=5, but language has l=4"):
         guest(visual, language, cue_mask=torch.ones(3, 5).bool())
+
+
+@pytest.mark.parametrize("kind", CUES[1:])
+def test_global_cue_compiles_once_for_all_sizes(kind):
+    cases = []
+    for b, l in ((3, 4), (5, 7)):
+        language = normal(0, b, l, 5).requires_grad_()
+        cases.append(((language, torch.arange(l) < l - torch.arange(b)[:, None] % 3), {}))
+    assert_compiles_once(GlobalCue(5, kind).double(), cases)
 
 
 def test_refuses_an_unknown_cue():
@@ -378,5 +388,8 @@ def test_only_plain_projections_are_absorbed():
         assert_equal(pruned(x, context), baked(x, context).detach())
         setattr(replaced, name, nn.Sequential(getattr(plain, name), nn.Tanh()))
         assert not torch.allclose(replaced(x, context), plain(x, context))
-        for other in (normed, pruned, replaced):
+        wrapped, weight = copy.deepcopy(plain), getattr(plain, name).weight.detach()
+        # As a quantised or sharded weight: a tensor made of others.
+        getattr(wrapped, name).weight = nn.Parameter(TwoTensor(weight, weight.clone()))
+        for other in (normed, pruned, replaced, wrapped):
             assert not other._absorbs(*shapes)
