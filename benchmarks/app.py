@@ -1,4 +1,4 @@
-"""How long an answer of the page takes: ``python -m benchmarks.app demo/run IMAGE``, without the browser's share."""
+"""How long an answer of the page takes, without the browser: ``python -m benchmarks.app demo/run IMAGE``."""
 
 import argparse
 import statistics
