@@ -1,0 +1,42 @@
+"""How long an answer of the page takes, without the browser: ``python -m benchmarks.app demo/run IMAGE``."""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from reference_model.model.checkpoint import load_checkpoint
+from reference_model.viewing import app
+
+SENTENCES = ("the red circle", "biggest star", "left most thing\nthe green square\na triangle")
+
+
+def main() -> None:
+    """Time what a click does: read, encode if the image is new, refer, draw masks and words, write files."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("run", type=Path, help="folder that train wrote")
+    parser.add_argument("image", type=Path, help="image of any size")
+    parser.add_argument("--rounds", type=int, default=20, help="answers after the first (default: 20)")
+    given = parser.parse_args()
+    checkpoint, session, seconds = load_checkpoint(given.run), app.Session(), []
+    with tempfile.TemporaryDirectory() as folder:
+        session.folder = folder
+        for i in range(given.rounds + 1):
+            begin = time.perf_counter()
+            lines = SENTENCES[i % len(SENTENCES)]
+            session = app._answered(checkpoint, str(given.image), lines, checkpoint.config.ratio, session)
+            app._masks(checkpoint, session, 0.5, 0.6)
+            app._words(session.encoded, session.found[0], app.MAPS[i % len(app.MAPS)])
+            seconds.append(time.perf_counter() - begin)
+    first, *after = seconds
+    print(
+        f"first {first:.3f} s; {len(after)} after it: median {statistics.median(after):.3f} s, "
+        f"slowest {max(after):.3f} s; {torch.get_num_threads()} threads"
+    )
+
+
+if __name__ == "__main__":
+    main()
