@@ -73,8 +73,16 @@ class MultiHeadAttention(nn.Module):
         )
 
     def _absorbs(self, x: Tensor, context: Tensor) -> bool:
+        if self.backend != "auto":
+            return False
         (l, o), (n, c) = x.shape[1:], context.shape[1:]
-        return self.backend == "auto" and absorbs(l, n, c, o, self.num_heads)
+        cheaper = absorbs(l, n, c, o, self.num_heads)
+        if not torch.compiler.is_exporting():
+            return cheaper
+        # A program is exported once for all sizes: it absorbs where all of them gain, and asks none.
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        return statically_known_true(cheaper)
 
     def _projected(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
         query, key, value = (

@@ -27,6 +27,7 @@ COMMANDS = {
     "train": ("training.config:TrainConfig", "training.train:train"),
     "evaluate": ("scoring.config:EvaluateConfig", "scoring.evaluate:evaluate"),
     "predict": ("viewing.config:PredictConfig", "viewing.predict:predict"),
+    "export": ("viewing.config:ExportConfig", "viewing.export:export"),
     "ablate": ("training.config:AblateConfig", "ablate:ablate"),
     "profile": ("model.config:ProfileConfig", "profile:profile"),
     "push": ("model.config:PushConfig", "model.sharing:share"),

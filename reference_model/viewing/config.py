@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from reference_model.data.config import DataConfig
 
@@ -24,7 +25,7 @@ class PredictConfig:
     """Predict masks: of one image and its sentences, or of a few samples of a data set beside the truth."""
 
     checkpoint: Path
-    """Folder that train wrote."""
+    """Folder that train wrote, or file that export wrote."""
     image: Path | None = None
     """Photo, JPEG or PNG of any size."""
     expression: list[str] | None = None
@@ -46,3 +47,17 @@ class PredictConfig:
     """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one."""
     json: bool = False
     """Print JSON instead of lines."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a checkpoint as one ONNX or PyTorch .pt2 file, with its tokenizer, checked against the model."""
+
+    checkpoint: Path
+    """Folder that train wrote."""
+    out: Path
+    """File to write, NAME.onnx or NAME.pt2; predict takes it in place of a checkpoint."""
+    format: Literal["onnx", "pt2"] = "onnx"
+    """onnx runs in ONNX Runtime and its like; pt2 in PyTorch alone, best the version that wrote it."""
+    json: bool = False
+    """Print JSON instead of a line."""
