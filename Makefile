@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
 
-.PHONY: demo ablations test test-slow check bench bench-gpu bench-report bench-data bench-compare clean
+.PHONY: demo ablations test test-slow check docs dist bench bench-gpu bench-report bench-data bench-compare clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("metris-blocks needs Python >= 3.11, found " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
@@ -43,6 +43,17 @@ check: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The API pages, from the docstrings: build/docs/index.html, read without a network.
+docs: $(VENV)/.ready
+	$(BIN)/python docs/build.py build/docs
+
+# sdist and wheel, built and looked into: dist/. The wheel comes out of the sdist.
+dist: $(VENV)/.ready
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python -m pytest -m dist tests/test_dist.py
 
 BENCH := -m pytest benchmarks -q -o python_files='bench_*.py' -o python_functions='bench_*' -o addopts= --benchmark-only \
 	--benchmark-columns=median,rounds --benchmark-sort=name -W ignore::pytest_benchmark.logger.PytestBenchmarkWarning
