@@ -4,10 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
 
-.PHONY: demo ablations test test-slow check bench bench-gpu bench-report bench-data bench-train bench-compare clean
+.PHONY: demo ablations test test-slow check docs dist bench bench-gpu bench-report bench-data bench-train bench-compare clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit("metris-blocks needs Python >= 3.11, found " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -c 'import sys; sys.exit("the pins in constraints.txt need Python >= 3.11, found " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --progress-bar off --constraint constraints.txt --editable '.[dev]'
@@ -45,6 +45,17 @@ check: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The API pages, from the docstrings: build/docs/index.html, read without a network.
+docs: $(VENV)/.ready
+	$(BIN)/python docs/build.py build/docs
+
+# sdist and wheel, built and looked into: dist/. The wheel comes out of the sdist.
+dist: $(VENV)/.ready
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python -m pytest -m dist tests/test_dist.py
 
 BENCH := -m pytest benchmarks -q -o python_files='bench_*.py' -o python_functions='bench_*' -o addopts= --benchmark-only \
 	--benchmark-columns=median,rounds --benchmark-sort=name -W ignore::pytest_benchmark.logger.PytestBenchmarkWarning

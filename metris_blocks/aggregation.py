@@ -13,6 +13,15 @@ from metris_blocks.ops.backends import CurationBackend
 class MaskedSoftmaxAggregation(nn.Module):
     """Masked-softmax aggregation followed by a projection to the guidance width (METRIS Eq. 5).
 
+    ``F_a[l] = (1/N_p · Σ_n softmax_n(S_c[l] / temperature + M[l])[n] · F_v[n]) W + b``
+
+    Example:
+        >>> import torch
+        >>> aggregation = MaskedSoftmaxAggregation(visual_dim=64, dim=32)
+        >>> scores, dynamic_mask = torch.rand(2, 5, 49), torch.rand(2, 5, 49) > 0.7
+        >>> aggregation(scores, dynamic_mask, torch.randn(2, 49, 64)).shape
+        torch.Size([2, 5, 32])
+
     Args:
         visual_dim: c, channels of the visual tokens (1024 for Swin-B stage 4).
         dim: d, channels of the guidance tokens.

@@ -14,6 +14,16 @@ from metris_blocks.ops.shapes import at_least_float32, check_axes, check_mask
 class PixelContrastiveLoss(nn.Module):
     """Pixel contrastive loss with its own learnable temperature (METRIS Eq. 4).
 
+    ``L = mean_z(-m_z log σ(s_z/τ) - (1 - m_z) log(1 - σ(s_z/τ)))``, m_z the target's share of token z's cell.
+
+    Example:
+        >>> import torch
+        >>> loss = PixelContrastiveLoss(temperature=0.07)
+        >>> mask = torch.zeros(2, 56, 56)
+        >>> mask[:, 10:30, 10:30] = 1
+        >>> loss(torch.rand(2, 49), mask).ndim
+        0
+
     Args:
         temperature: Where τ starts, > 0; learned as its logarithm. The paper does not say where.
 
@@ -44,7 +54,7 @@ class PixelContrastiveLoss(nn.Module):
             visual_mask: (b, n) bool; True = real visual token. None: all are real.
 
         Returns:
-            Scalar loss, float32 or wider.
+            () loss, float32 or wider.
 
         Raises:
             ValueError: The grid does not have n cells, or none of the mask's aspect has.

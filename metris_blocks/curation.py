@@ -26,6 +26,15 @@ class Curation(NamedTuple):
 class RelevanceCuration(nn.Module):
     """Embed both modalities in a joint space, score them, and keep the top r (METRIS Eq. 1-3).
 
+    ``X = F_v W_v + b_v; Y = Q̂_L W_l + b_l; S_c = C(X, Y); E = R(S_c, r)``, E as the mask of what it holds.
+
+    Example:
+        >>> import torch
+        >>> curation = RelevanceCuration(visual_dim=64, language_dim=32, ratio=0.3)
+        >>> scores, dynamic_mask = curation(torch.randn(2, 49, 64), torch.randn(2, 5, 32))
+        >>> scores.shape, set(dynamic_mask.sum(dim=-1).flatten().tolist())
+        (torch.Size([2, 5, 49]), {15})
+
     Args:
         visual_dim: c, channels of the visual tokens.
         language_dim: d, channels of the expression tokens.
@@ -70,6 +79,9 @@ class RelevanceCuration(nn.Module):
             language: (b, l, d) tokens Q̂_L.
             visual_mask: (b, n) bool; True = real token; others are never curated.
             language_mask: (b, l) bool; True = real token; others curate nothing.
+
+        Returns:
+            (b, l, n) scores S_c and (b, l, n) bool dynamic mask, as `Curation`.
         """
         owner = "RelevanceCuration"
         axes = {"visual": (visual, "b n c"), "language": (language, "b l d")}

@@ -10,6 +10,15 @@ from metris_blocks.ops.shapes import check_axes, check_mask, zero_unless_any
 class LanguageEnhancer(nn.Module):
     """Cross-attention layers with language queries and vision keys and values (METRIS 3.2, first step).
 
+    Each layer: ``Q = MHCA(Q_L, F_v) + Q_L; Q̂_L = MLP(Q) + Q``
+
+    Example:
+        >>> import torch
+        >>> enhancer = LanguageEnhancer(language_dim=32, visual_dim=64, depth=2)
+        >>> language, visual = torch.randn(2, 5, 32), torch.randn(2, 49, 64)
+        >>> enhancer(language, visual).shape
+        torch.Size([2, 5, 32])
+
     Args:
         language_dim: d, channels of the expression tokens (768 for BERT-base).
         visual_dim: c, channels of the visual tokens (1024 for Swin-B stage 4).

@@ -33,7 +33,15 @@ class VisualExpression(NamedTuple):
 class VisualExpressionExtractor(nn.Module):
     """Turn visual tokens into one visual expression token per expression token (METRIS 3.2, Eq. 1-7).
 
-    Curate by relevance, aggregate the curated tokens, refine under the dynamic mask, relate.
+    Curate by relevance, aggregate the curated tokens, refine under the dynamic mask, relate:
+    ``S_c, M = curate(F_v, Q̂_L); F_a = aggregate(S_c, M, F_v); F_r = refine(F_a, F_v, M); Q̂_V = relate(F_r)``
+
+    Example:
+        >>> import torch
+        >>> extractor = VisualExpressionExtractor(visual_dim=64, language_dim=32, dim=32)
+        >>> tokens, scores, dynamic_mask = extractor(torch.randn(2, 49, 64), torch.randn(2, 5, 32))
+        >>> tokens.shape, scores.shape, dynamic_mask.dtype
+        (torch.Size([2, 5, 32]), torch.Size([2, 5, 49]), torch.bool)
 
     Weights start as PyTorch's own: those and the biases of a linear layer uniform in ±1/sqrt(channels in),
     norms as the identity, a learned global cue as the mean. All live in `nn.Linear`, `nn.LayerNorm` and two
@@ -128,6 +136,10 @@ class VisualExpressionExtractor(nn.Module):
             language_mask: (b, l) bool; True = real token.
             cue_mask: (b, l) bool; True = a token that curates. The others are scored, and their rows of the
                 visual expression are zero. None: all do. A global cue put before them always does.
+
+        Returns:
+            (b, l, d) tokens Q̂_V, (b, l, n) scores and (b, l, n) bool dynamic mask, as `VisualExpression`; a
+            global cue put before the tokens makes that 1 + l rows.
         """
         if cue_mask is not None:
             check_axes("VisualExpressionExtractor", language=(language, "b l d"), cue_mask=(cue_mask, "b l"))

@@ -12,6 +12,13 @@ class DynamicMaskCrossAttention(nn.Module):
 
     ``F̂ = MHCA(F_a, F_v, M) + F_a; F_r = MLP(F̂) + F̂``
 
+    Example:
+        >>> import torch
+        >>> refinement = DynamicMaskCrossAttention(dim=32, visual_dim=64)
+        >>> dynamic_mask = torch.rand(2, 5, 49) > 0.7
+        >>> refinement(torch.randn(2, 5, 32), torch.randn(2, 49, 64), dynamic_mask).shape
+        torch.Size([2, 5, 32])
+
     Args:
         dim: d, channels of the aggregated tokens.
         visual_dim: c, channels of the visual tokens.
@@ -47,10 +54,16 @@ class DynamicMaskCrossAttention(nn.Module):
     def forward(
         self, aggregated: Tensor, visual: Tensor, dynamic_mask: Tensor, *, assume_finite: bool = False
     ) -> Tensor:
-        """(b, l, d), (b, n, c), (b, l, n) bool -> refined tokens F_r (b, l, d).
+        """Refine.
 
-        Visual tokens that no row curates may hold anything, NaN too, unless ``assume_finite`` vouches that
-        they do not: that saves a pass over them.
+        Args:
+            aggregated: (b, l, d) tokens F_a.
+            visual: (b, n, c) tokens F_v. What no row curates may hold anything, NaN too.
+            dynamic_mask: (b, l, n) bool; True = curated.
+            assume_finite: Vouch that tokens no row curates are finite as well: saves a pass over ``visual``.
+
+        Returns:
+            (b, l, d) refined tokens F_r.
         """
         owner = "DynamicMaskCrossAttention"
         axes = {"aggregated": (aggregated, "b l d"), "visual": (visual, "b n c")}

@@ -12,6 +12,14 @@ class VisualRelationshipSelfAttention(nn.Module):
 
     ``Q̂ = MHSA(F_r) + F_r; Q̂_V = MLP(Q̂) + Q̂``
 
+    Example:
+        >>> import torch
+        >>> relationship = VisualRelationshipSelfAttention(dim=32)
+        >>> language_mask = torch.tensor([[True, True, True], [True, True, False]])
+        >>> tokens = relationship(torch.randn(2, 3, 32), language_mask)
+        >>> tokens.shape, tokens[1, 2].any().item()
+        (torch.Size([2, 3, 32]), False)
+
     Args:
         dim: d, channels of the tokens.
         num_heads: Number of heads.
@@ -37,7 +45,15 @@ class VisualRelationshipSelfAttention(nn.Module):
         )
 
     def forward(self, refined: Tensor, language_mask: Tensor | None = None) -> Tensor:
-        """(b, l, d), (b, l) bool True = real word -> visual expression Q̂_V (b, l, d), zero where padded."""
+        """Relate.
+
+        Args:
+            refined: (b, l, d) tokens F_r.
+            language_mask: (b, l) bool; True = real word. None: all are.
+
+        Returns:
+            (b, l, d) visual expression Q̂_V; rows of padded words are zero.
+        """
         if language_mask is None:
             unpadded: Tensor = self.layer(refined)
             return unpadded

@@ -72,7 +72,7 @@ def top_r_mask(
     """
     op = "top_r_mask"
     check_ratio(op, ratio)
-    b, _, n = check_axes(op, scores=(scores, "b l n")).values()
+    b, l, n = check_axes(op, scores=(scores, "b l n")).values()
     if backend != "auto":
         why = [*triton.reasons(scores), *kernels.select_reasons(scores)]
         check_backend(op, backend, {"eager": [], "triton": why})
@@ -87,18 +87,24 @@ def top_r_mask(
     if backend == "triton":
         return kernels.select(scores, count, visual_mask)
 
-    # -0.0 equals 0.0 in the definition; radix sorts on some devices order their bits.
-    scores = torch.where(scores == 0, 0.0, scores.detach())
-    # torch.topk leaves the order of ties open; a stable sort does not.
-    order = scores.sort(dim=-1, descending=True, stable=True).indices
-    if visual_mask is None:
-        kept = torch.arange(n, device=scores.device) < count[:, None, None]
-    else:
-        # Rank among the real tokens only: whatever padding scores, -inf and NaN too, it is passed over.
-        real = visual_mask[:, None].expand_as(order).gather(-1, order)
-        kept = real & (real.cumsum(dim=-1) <= count[:, None, None])
-    # Carry the marks, given by rank, back to the tokens that hold these ranks.
-    return torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, kept.expand_as(order))
+    if n == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    ranked = scores.detach()
+    if visual_mask is not None:
+        # Whatever padding scores, -inf and NaN too, it comes last and is passed over.
+        ranked = ranked.masked_fill(~visual_mask[:, None], -math.inf)
+    # Sorted for the last value that is kept, not for an order: that of ties is left open by torch.topk, by
+    # unstable sorts and by exported programs, while comparing with a value means the same everywhere.
+    last = (count - 1).clamp_min(0)[:, None, None].expand(-1, l, 1)
+    edge = ranked.sort(dim=-1, descending=True).values.gather(-1, last)
+    # NaN is beyond comparison: above every number as an entry, and as an edge equal to other NaN.
+    no_number = edge.isnan()
+    above = ~((ranked <= edge) | no_number)
+    tied = (ranked == edge) | (ranked.isnan() & no_number)
+    if visual_mask is not None:
+        tied = tied & visual_mask[:, None]
+    left = count[:, None, None] - above.sum(dim=-1, keepdim=True)
+    return above | (tied & (tied.cumsum(dim=-1) <= left))
 
 
 def check_ratio(owner: str, ratio: float) -> None:

@@ -93,5 +93,6 @@ def aligned_bias(mask: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
     """
     n = mask.shape[-1]
     bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -math.inf)
-    # Pad, slice, expand, and nothing after: any later op would lose the aligned stride.
-    return F.pad(bias, (0, -n % _ALIGNMENT))[..., :n][:, None].expand(-1, heads, -1, -1)
+    # Pad, slice, expand, and nothing after: any later op would lose the aligned stride. Never by 0, or a
+    # traced program would hold for the widths alone that do, or do not, fill whole vectors.
+    return F.pad(bias, (0, _ALIGNMENT - n % _ALIGNMENT))[..., :n][:, None].expand(-1, heads, -1, -1)

@@ -34,8 +34,16 @@ class Checkpoint:
     """A model ready to use."""
 
     model: METRIS
+    """Or, of an exported file, `ExportedMetris`, which is called alike."""
     tokenizer: PreTrainedTokenizerBase
     config: ModelConfig
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        if isinstance(self.model, METRIS):
+            return next(self.model.parameters()).device
+        return self.model.device
 
 
 def pick_device(name: str) -> torch.device:

@@ -27,7 +27,7 @@ class PredictConfig:
     """Predict masks: of one image and its sentences, or of a few samples of a data set beside the truth."""
 
     checkpoint: Path
-    """Folder that train wrote."""
+    """Folder that train wrote, or file that export wrote."""
     image: Path | None = None
     """Photo, JPEG or PNG of any size; a folder of photos; or a .jsonl of lines such as
     {"image": "cats/1.jpg", "expression": "left cat"}, the path from the folder of that file."""
@@ -156,3 +156,17 @@ class CompletionConfig:
 
     shell: Literal["bash", "zsh"]
     """Shell that shall read it."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a checkpoint as one ONNX or PyTorch .pt2 file, with its tokenizer, checked against the model."""
+
+    checkpoint: Path
+    """Folder that train wrote."""
+    out: Path
+    """File to write, NAME.onnx or NAME.pt2; predict takes it in place of a checkpoint."""
+    format: Literal["onnx", "pt2"] = "onnx"
+    """onnx runs in ONNX Runtime and its like; pt2 in PyTorch alone, best the version that wrote it."""
+    json: bool = False
+    """Print JSON instead of a line."""

@@ -15,7 +15,8 @@ from reference_model.data.images import open_image
 from reference_model.data.layouts import read
 from reference_model.data.transforms import image_tensor
 from reference_model.files import InputError, refuse_unwritable, written_whole
-from reference_model.model.checkpoint import Checkpoint, load_checkpoint, pick_device
+from reference_model.model.checkpoint import Checkpoint
+from reference_model.model.export import load
 from reference_model.scoring.metris_predictor import Prediction, predictions
 from reference_model.scoring.outcome import outcome
 from reference_model.scoring.table import aligned
@@ -43,7 +44,7 @@ def answers(
     """Predict one mask per sentence; the image is encoded once.
 
     Args:
-        checkpoint: A loaded model.
+        checkpoint: A loaded model, or an exported one.
         image: RGB image of any size.
         expressions: k sentences.
         threshold: Probability above which a pixel belongs to the mask, in (0, 1).
@@ -55,7 +56,7 @@ def answers(
     Raises:
         InputError: A sentence has no word.
     """
-    model, device = checkpoint.model, next(checkpoint.model.parameters()).device
+    model, device = checkpoint.model, checkpoint.device
     tokens = tokenize(checkpoint.tokenizer, expressions, checkpoint.config.max_tokens)
     pixels = image_tensor(image, checkpoint.config.image_size)[None].to(device)
     index = torch.zeros(len(expressions), dtype=torch.long, device=device)
@@ -90,7 +91,7 @@ def predict(config: PredictConfig) -> list[Path]:
         if config.image.resolve() == config.out.with_suffix(".png").resolve():
             raise InputError(f"out {config.out}: is the image itself; choose another name")
         refuse_unwritable(config.out.with_suffix(".png"))
-    checkpoint = load_checkpoint(config.checkpoint, device=pick_device(config.device))
+    checkpoint = load(config.checkpoint, device=config.device)
     if config.data is not None:
         entries = _of_samples(config, checkpoint)
     elif many is not None:

@@ -1,0 +1,324 @@
+"""METRIS as a program: one file, ONNX or PyTorch's .pt2, that runs without the code that made it.
+
+Inputs: ``image`` (u, 3, s, s) float32, ``token_ids`` (b, l) int64, ``language_mask`` (b, l) bool,
+``image_index`` (b) int64, the image of each sentence. Outputs: ``logits`` (b, s, s), and where the model has
+them ``scores`` and ``dynamic_mask`` (b, l, n) and ``no_target`` (b). u, b and l are open, s is fixed. What
+turns a photo and a sentence into inputs lies in the file as JSON, under "metris" (in .pt2: metris.json).
+"""
+
+import json
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Literal
+from zipfile import BadZipFile
+
+import torch
+from torch import Tensor, nn
+
+from reference_model.configs import build
+from reference_model.files import InputError, written_whole
+from reference_model.model.checkpoint import Checkpoint, load_checkpoint, pick_device
+from reference_model.model.config import ModelConfig
+from reference_model.model.metris import METRIS, MetrisOutput
+from reference_model.model.text_encoder import load_tokenizer
+
+Format = Literal["onnx", "pt2"]
+Run = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+
+INPUTS = ("image", "token_ids", "language_mask", "image_index")
+OUTPUTS = ("logits", "scores", "dynamic_mask", "no_target")
+TOLERANCE = 1e-4
+"""How far the logits of a program may be from the model's, relative to the largest or to 1."""
+
+_KEY = "metris"
+# [CLS], a word, [SEP].
+_SHORTEST = 3
+# Protobuf's limit is 2 GiB, for weights and graph.
+_ONNX_BYTES = 2**31 - 2**26
+_REFUSALS = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    LookupError,
+    ArithmeticError,
+)
+
+
+def export_program(model: METRIS) -> torch.export.ExportedProgram:
+    """Trace a model in evaluation, with batch and words open.
+
+    Raises:
+        InputError: A part of the model cannot be traced.
+    """
+    config = model.config
+    if config.backend in ("xformers", "triton"):
+        raise InputError(
+            f"model.backend is {config.backend}, kernels that no exported program can hold; set backend: "
+            "auto in the config.yaml of the checkpoint, the weights are the same"
+        )
+    example = _example(config, images=2, sentences=5, words=min(7, config.max_tokens))
+    images, sentences = torch.export.Dim("images", max=2**16), torch.export.Dim("sentences", max=2**20)
+    words: Any = config.max_tokens
+    if words > _SHORTEST:
+        words = torch.export.Dim("words", min=_SHORTEST, max=config.max_tokens)
+    shapes = ({0: images}, {0: sentences, 1: words}, {0: sentences, 1: words}, {0: sentences})
+    training = model.training
+    try:
+        with torch.no_grad():
+            # Not strict: Python runs as it is, and what transformers' code does between tensors is no matter.
+            return torch.export.export(
+                _Flat(model.eval()), tuple(example.values()), dynamic_shapes=shapes, strict=False
+            )
+    except _REFUSALS as error:
+        names = f"image encoder {config.image_encoder}, text encoder {config.text_encoder}"
+        raise InputError(f"{names}: cannot be exported ({_line(error)})") from error
+    finally:
+        model.train(training)
+
+
+def save_exported(model: METRIS, file: Path, *, format: Format, recipe: Mapping[str, Any]) -> float:
+    """Export a model with its tokenizer, hold the file against the model, and put it in place if they agree.
+
+    Args:
+        model: With ``config`` and ``tokenizer``, as `load_checkpoint` gives it; on the CPU.
+        file: Where to write, whole or not at all.
+        format: "onnx" or "pt2".
+        recipe: What the file shall say besides, such as how a photo becomes an ``image``; JSON.
+
+    Returns:
+        The largest difference of a logit from the model's, among sentences with the same curated tokens.
+
+    Raises:
+        InputError: The model cannot be exported, a package is missing, or the file differs from the model.
+    """
+    weights = sum(x.nbytes for x in model.state_dict().values())
+    if format == "onnx" and weights > _ONNX_BYTES:
+        size = f"{weights / 2**30:.1f} GiB of weights, and one ONNX file holds less than 2 GiB"
+        raise InputError(f"{file}: the model has {size}; use --format pt2")
+    with _written_out(model) if format == "onnx" else nullcontext():
+        program = export_program(model)
+    about = json.dumps(_about(model, recipe), ensure_ascii=False)
+    with written_whole(file) as fresh:
+        if format == "onnx":
+            _save_onnx(program, fresh, about)
+        else:
+            torch.export.save(program, fresh, extra_files={f"{_KEY}.json": about})
+        return _difference(model, load_exported(fresh, format=format), file)
+
+
+def load(source: Path, *, device: str = "cpu") -> Checkpoint:
+    """Load a checkpoint folder, or the file that `save_exported` made of one.
+
+    Args:
+        source: Folder or file.
+        device: As in `pick_device`; "auto" is the CPU for ONNX.
+
+    Raises:
+        InputError: It is neither, or cannot be used there.
+    """
+    if not source.is_file():
+        return load_checkpoint(source, device=pick_device(device))
+    if source.suffix not in (".onnx", ".pt2"):
+        raise InputError(f"{source}: is neither a checkpoint folder nor an .onnx or .pt2 file")
+    if source.suffix == ".onnx" and device == "auto":
+        device = "cpu"
+    return load_exported(source, device=pick_device(device))
+
+
+def load_exported(
+    file: Path, *, device: torch.device | str = "cpu", format: Format | None = None
+) -> Checkpoint:
+    """Load an exported model, ready to use like a checkpoint.
+
+    PyTorch unpickles parts of a .pt2 file: load none whose maker you do not trust. ONNX holds no code.
+
+    Args:
+        file: Of `save_exported`.
+        device: Where a .pt2 runs; ONNX runs on the CPU.
+        format: None: the file's suffix.
+
+    Raises:
+        InputError: The file cannot be read, is not METRIS's, or cannot run there.
+    """
+    onnx = file.suffix == ".onnx" if format is None else format == "onnx"
+    run, found = _open_onnx(file, device) if onnx else _open_pt2(file, device)
+    try:
+        about = json.loads(found)
+        config = build(ModelConfig, about["model"], source=f"{file}, model")
+        with tempfile.TemporaryDirectory() as folder:
+            for name, text in about["tokenizer"].items():
+                (Path(folder) / Path(name).name).write_text(text, encoding="utf-8")
+            tokenizer = load_tokenizer(Path(folder))
+        model = ExportedMetris(run, tuple(about["grid"]), tuple(about["extent"]), torch.device(device))
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise InputError(f"{file}: does not say how to use it ({_line(error)}); export it again") from error
+    return Checkpoint(model, tokenizer, config)
+
+
+class ExportedMetris:
+    """An exported program, called as `METRIS` is.
+
+    Args:
+        run: Named inputs -> named outputs.
+        grid: Rows and columns of the visual tokens.
+        extent: Height and width that they cover, pixels.
+        device: Where it runs.
+    """
+
+    def __init__(
+        self, run: Run, grid: tuple[int, int], extent: tuple[int, int], device: torch.device
+    ) -> None:
+        self.run, self.grid, self.extent, self.device = run, grid, extent, device
+
+    def __call__(
+        self, image: Tensor, token_ids: Tensor, language_mask: Tensor, image_index: Tensor | None = None
+    ) -> MetrisOutput:
+        """Give what the model gives, but for its attention maps."""
+        if image_index is None:
+            image_index = torch.arange(len(token_ids), device=token_ids.device)
+        out = self.run(dict(zip(INPUTS, (image, token_ids, language_mask, image_index), strict=True)))
+        logits, scores, dynamic_mask, no_target = (out.get(name) for name in OUTPUTS)
+        return MetrisOutput(logits, scores, dynamic_mask, self.grid, self.extent, no_target, None)
+
+
+class _Flat(nn.Module):
+    """Tensors in, named tensors out: what a program can have of `MetrisOutput`."""
+
+    def __init__(self, model: METRIS) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, image: Tensor, token_ids: Tensor, language_mask: Tensor, image_index: Tensor
+    ) -> dict[str, Tensor]:
+        output = self.model(image, token_ids, language_mask, image_index)._asdict()
+        return {name: output[name] for name in OUTPUTS if output[name] is not None}
+
+
+def _example(config: ModelConfig, *, images: int, sentences: int, words: int) -> dict[str, Tensor]:
+    """Make inputs with sentences of several lengths, all images in use."""
+    generator = torch.Generator().manual_seed(0)
+    size, rows = config.image_size, torch.arange(sentences)
+    lengths = (words - rows % words).clamp_min(min(_SHORTEST, words))
+    image = torch.randn(images, 3, size, size, generator=generator)
+    ids = torch.randint(config.vocab_size, (sentences, words), generator=generator)
+    values = image, ids, torch.arange(words) < lengths[:, None], rows % images
+    return dict(zip(INPUTS, values, strict=True))
+
+
+def _about(model: METRIS, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    with torch.no_grad():
+        output = model(*_example(model.config, images=1, sentences=1, words=_SHORTEST).values())
+    with tempfile.TemporaryDirectory() as folder:
+        model.tokenizer.save_pretrained(folder)
+        tokenizer = {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).iterdir())}
+    plain = {key: str(x) if isinstance(x, Path) else x for key, x in vars(model.config).items()}
+    network = {"pretrained": False, "image_weights": None, "text_weights": None}
+    return {
+        **recipe,
+        "image_size": model.config.image_size,
+        "max_tokens": model.config.max_tokens,
+        "grid": output.grid,
+        "extent": output.extent,
+        "torch": torch.__version__,
+        "model": plain | network,
+        "tokenizer": tokenizer,
+    }
+
+
+@contextmanager
+def _written_out(model: METRIS) -> Iterator[None]:
+    """Write attention out in transformers' Swin: what its fused kernel becomes, ONNX Runtime refuses."""
+    backbone = model.image_encoder.backbone
+    if not hasattr(backbone, "set_attn_implementation"):
+        yield
+        return
+    usual = backbone.config._attn_implementation
+    backbone.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        backbone.set_attn_implementation(usual)
+
+
+def _save_onnx(program: torch.export.ExportedProgram, file: Path, about: str) -> None:
+    try:
+        outputs = list(program.call_spec.out_spec.context)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the exporter to its own developers
+            made = torch.onnx.export(
+                program, dynamo=True, verbose=False, input_names=INPUTS, output_names=outputs
+            )
+        made.model.metadata_props[_KEY] = about
+        made.save(file, external_data=False)
+    except ModuleNotFoundError as error:
+        raise _missing("ONNX", error) from error
+    except _REFUSALS as error:
+        raise InputError(f"model: has no form in ONNX ({_line(error)}); use --format pt2") from error
+
+
+def _open_onnx(file: Path, device: torch.device | str) -> tuple[Run, str]:
+    if torch.device(device).type != "cpu":
+        raise InputError(f"{file}: an ONNX file runs on the CPU here, but the device is {device}; use cpu")
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise _missing(str(file), error) from error
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    try:
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    # The errors of ONNX Runtime have no class of their own in common but this.
+    except Exception as error:
+        raise InputError(f"{file}: is no ONNX file that can run ({_line(error)}); export it again") from error
+    names = [output.name for output in session.get_outputs()]
+
+    def run(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found = session.run(names, {name: x.numpy() for name, x in inputs.items()})
+        return {name: torch.from_numpy(x) for name, x in zip(names, found, strict=True)}
+
+    return run, session.get_modelmeta().custom_metadata_map.get(_KEY, "{}")
+
+
+def _open_pt2(file: Path, device: torch.device | str) -> tuple[Run, str]:
+    extra = {f"{_KEY}.json": ""}
+    try:
+        program = torch.export.load(file, extra_files=extra)
+    except (OSError, BadZipFile, *_REFUSALS) as error:
+        step = f"export it again with PyTorch {torch.__version__}"
+        raise InputError(f"{file}: is no .pt2 file that can run ({_line(error)}); {step}") from error
+    if torch.device(device).type != "cpu":
+        from torch.export.passes import move_to_device_pass
+
+        program = move_to_device_pass(program, str(device))
+    module = program.module()
+    return lambda inputs: module(*inputs.values()), extra[f"{_KEY}.json"] or "{}"
+
+
+def _difference(model: METRIS, exported: Checkpoint, file: Path) -> float:
+    """Hold a program against its model, on other sizes than it was traced with."""
+    config = model.config
+    inputs = _example(config, images=1, sentences=3, words=min(9, config.max_tokens))
+    with torch.no_grad():
+        mine, theirs = model(*inputs.values()), exported.model(*inputs.values())
+    same = torch.ones(3, dtype=torch.bool)
+    if mine.dynamic_mask is not None:
+        # Another order of sums may turn a near tie; what follows from it is no error of the program.
+        same = (mine.dynamic_mask == theirs.dynamic_mask).all(dim=-1).all(dim=-1)
+    difference = (mine.logits - theirs.logits)[same].abs().max().item() if same.any() else float("nan")
+    if not difference <= TOLERANCE * max(1.0, mine.logits.abs().max().item()):
+        raise InputError(f"{file}: not written, its logits differ from the model's by {difference:.2g}")
+    return difference
+
+
+def _missing(what: str, error: ModuleNotFoundError) -> InputError:
+    return InputError(f"{what}: needs {error.name}; pip install 'metris-blocks[export]'")
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,271 @@
+"""The model outside Python: what `metris export` writes gives what its checkpoint gives."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from metris_blocks.ops import top_r_mask
+from reference_model.cli import main
+from reference_model.configs import build, preset_file, read_yaml
+from reference_model.data.transforms import open_image
+from reference_model.files import InputError
+from reference_model.model import export
+from reference_model.model.build import build_metris
+from reference_model.model.checkpoint import load_checkpoint
+from reference_model.model.config import ModelConfig
+from reference_model.model.text_encoder import build_tokenizer
+from reference_model.training.config import TrainConfig
+from reference_model.viewing.predict import answers
+
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+
+@pytest.fixture(scope="module", params=["onnx", "pt2"])
+def file(request, run, tmp_path_factory) -> Path:
+    """The trained checkpoint, exported by the command."""
+    out = tmp_path_factory.mktemp("exported") / f"model.{request.param}"
+    assert main(["export", "--checkpoint", str(run), "--format", request.param, "--out", str(out)]) == 0
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+    return out
+
+
+def inputs(config: ModelConfig, images: int, sentences: int, words: int) -> tuple[torch.Tensor, ...]:
+    """Random inputs, sentences of several lengths."""
+    lengths = (words - torch.arange(sentences) % words).clamp_min(2)
+    return (
+        torch.randn(images, 3, config.image_size, config.image_size),
+        torch.randint(5, config.vocab_size, (sentences, words)),
+        torch.arange(words) < lengths[:, None],
+        torch.arange(sentences) % images,
+    )
+
+
+def assert_same_as(model, exported, given) -> None:
+    """Hold a program against its model: 1e-4 of the logits, and exactly the top r of its own scores."""
+    with torch.no_grad():
+        mine, theirs = model(*given), exported.model(*given)
+    assert (mine.grid, mine.extent) == (theirs.grid, theirs.extent)
+    assert (mine.logits - theirs.logits).abs().max() <= 1e-4 * max(1, mine.logits.abs().max())
+    assert (mine.no_target is None) == (theirs.no_target is None)
+    if mine.no_target is not None:
+        torch.testing.assert_close(theirs.no_target, mine.no_target, rtol=0, atol=1e-4)
+    if mine.scores is None:
+        assert theirs.scores is None and theirs.dynamic_mask is None
+        return
+    torch.testing.assert_close(theirs.scores, mine.scores, rtol=0, atol=1e-5)
+    assert theirs.dynamic_mask.equal(mine.dynamic_mask)
+    if model.cues == "all":
+        own = top_r_mask(theirs.scores, exported.config.ratio) & given[2][..., None]
+        assert theirs.dynamic_mask.equal(own)
+
+
+def test_exported_model_gives_what_the_checkpoint_gives_at_all_sizes(file, run):
+    model, exported = load_checkpoint(run).model, export.load(file)
+    for images, sentences, words in ((1, 1, 3), (1, 4, 8), (3, 3, 16), (2, 7, exported.config.max_tokens)):
+        assert_same_as(model, exported, inputs(exported.config, images, sentences, words))
+
+
+def test_predict_takes_the_file_in_place_of_the_checkpoint(file, run, scenes, tmp_path):
+    photo = next((scenes / "images" / "train2014").glob("*.jpg"))
+    for name, source in (("mine", run), ("theirs", file)):
+        arguments = ["--image", str(photo), "--expression", "the red star", "--threshold", "0.4"]
+        out = ["--out", str(tmp_path / f"{name}.png")]
+        assert main(["predict", "--checkpoint", str(source), *arguments, *out]) == 0
+    assert np.array_equal(*(np.array(Image.open(tmp_path / f"{name}.png")) for name in ("mine", "theirs")))
+    together = answers(export.load(file), open_image(photo), ["star", "the large blue circle on the left"])
+    alone = answers(load_checkpoint(run), open_image(photo), ["star"])
+    assert np.array_equal(together[0].mask, alone[0].mask)
+
+
+def test_file_tells_other_programs_how_to_use_it(file, run):
+    config = load_checkpoint(run).config
+    if file.suffix == ".onnx":
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        about = json.loads(session.get_modelmeta().custom_metadata_map["metris"])
+        types = {"image": "float", "token_ids": "int64", "language_mask": "bool", "image_index": "int64"}
+        assert {x.name: x.type for x in session.get_inputs()} == {k: f"tensor({v})" for k, v in types.items()}
+        fixed = [x for x in session.get_inputs()[0].shape if isinstance(x, int)]
+        assert fixed == [3, config.image_size, config.image_size]
+        assert session.get_outputs()[0].name == "logits"
+    else:
+        found = {"metris.json": ""}
+        torch.export.load(file, extra_files=found)
+        about = json.loads(found["metris.json"])
+    assert about["threshold"] == 0.5 and about["mean"] == [0.485, 0.456, 0.406]
+    assert (about["image_size"], about["max_tokens"]) == (config.image_size, config.max_tokens)
+    assert "[CLS]" in about["tokenizer"]["tokenizer.json"]
+
+
+# ------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--out", "a.pt2"], r"out a\.pt2: must end in \.onnx"),
+        (["--out", "a.bin", "--format", "pt2"], r"out a\.bin: must end in \.pt2"),
+        (["--out", "a.onnx", "--format", "coreml"], "format"),
+    ],
+)
+def test_export_refuses_in_one_line(arguments, says, run, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", "--checkpoint", str(run), *arguments]) == 2
+    lines = capfd.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert re.search(says, lines[0])
+    assert not list(tmp_path.iterdir())
+
+
+def test_file_that_differs_from_the_model_is_not_written(run, tmp_path, monkeypatch):
+    model, program = load_checkpoint(run).model, export.export_program
+
+    def spoilt(model):
+        found = program(model)
+        with torch.no_grad():
+            found.state_dict["model.decoder.head.bias"].copy_(torch.ones(1))
+        return found
+
+    monkeypatch.setattr(export, "export_program", spoilt)
+    before = model.decoder.head.bias.detach().clone()
+    (tmp_path / "a.pt2").write_text("mine")
+    monkeypatch.setattr(export, "load_exported", undone(export.load_exported, model, before))
+    with pytest.raises(InputError, match=r"a\.pt2: not written, its logits differ from the model's by"):
+        export.save_exported(model, tmp_path / "a.pt2", format="pt2", recipe={})
+    assert (tmp_path / "a.pt2").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
+def undone(function, model, bias):
+    """Call after giving the model its own bias back: it shares its weights with the program."""
+
+    def run(*args, **kwargs):
+        with torch.no_grad():
+            model.decoder.head.bias.copy_(bias)
+        return function(*args, **kwargs)
+
+    return run
+
+
+@pytest.mark.parametrize("backend", ["triton", "xformers"])
+def test_kernels_that_cannot_be_exported_are_refused(backend, run):
+    model = load_checkpoint(run).model
+    model.config = replace(model.config, backend=backend)
+    with pytest.raises(InputError, match=rf"backend is {backend}.*backend: auto"):
+        export.export_program(model)
+
+
+def test_onnx_beyond_its_size_is_refused_before_any_work(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "_ONNX_BYTES", 1000)
+    monkeypatch.setattr(export, "export_program", None)
+    with pytest.raises(InputError, match=r"GiB of weights.*--format pt2"):
+        export.save_exported(load_checkpoint(run).model, tmp_path / "a.onnx", format="onnx", recipe={})
+
+
+@pytest.mark.parametrize("suffix", ["onnx", "pt2"])
+def test_file_that_is_no_model_is_refused_by_name(suffix, tmp_path):
+    path = tmp_path / f"a.{suffix}"
+    path.write_bytes(b"not a model")
+    with pytest.raises(InputError, match=rf"a\.{suffix}: is no \.?\w+ file that can run"):
+        export.load(path)
+    (tmp_path / "a.bin").touch()
+    with pytest.raises(InputError, match="neither a checkpoint folder nor"):
+        export.load(tmp_path / "a.bin")
+
+
+def test_program_of_another_model_is_refused(tmp_path):
+    program = torch.export.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),))
+    torch.export.save(program, tmp_path / "a.pt2")
+    with pytest.raises(InputError, match=r"a\.pt2: does not say how to use it"):
+        export.load(tmp_path / "a.pt2")
+
+
+# ------------------------------------------------------------------------- every variant, and both presets
+
+
+VARIANTS = {
+    "pure_le": {"guidance": "pure_le"},
+    "enhanced_le": {"guidance": "enhanced_le"},
+    "pixels": {"guidance": "enhanced_le+pixels"},
+    "ve": {"guidance": "ve"},
+    "no target": {"no_target": True},
+    "global cue": {"cues": "global"},
+    "local cues, no articles": {"cues": "local", "articles": False, "article_ids": [7, 8]},
+    "no steps 2 and 3": {"refine": False, "relate": False},
+    "softmax over all": {"mask_softmax": False, "learn_aggregation_temperature": True},
+    "the letter": {"norm": "none", "coordinates": True},
+    "eager": {"backend": "eager"},
+    "CLIP": {"text_encoder_options": {"model_type": "clip_text_model", "hidden_size": 24}},
+    "transformers' Swin": {"image_encoder": "transformers/microsoft/swin"},
+}
+SWIN = {"embed_dim": 8, "depths": [2, 1, 1, 1], "num_heads": [1, 1, 2, 2], "window_size": 3}
+
+
+def with_tokenizer(config: ModelConfig):
+    model = build_metris(config).eval()
+    model.tokenizer = build_tokenizer(["the red star"])
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["onnx", "pt2"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_exports(name, format, small, tmp_path):
+    changes = dict(VARIANTS[name])
+    if name == "transformers' Swin":
+        changes["image_encoder_options"] = SWIN
+    if name == "CLIP":
+        small_text = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+        changes["text_encoder_options"] = changes["text_encoder_options"] | small_text
+    model = with_tokenizer(replace(small, **changes))
+    out = tmp_path / f"a.{format}"
+    export.save_exported(model, out, format=format, recipe={})
+    exported = export.load(out)
+    for images, sentences, words in ((1, 3, 3), (2, 5, 12)):
+        assert_same_as(model, exported, inputs(model.config, images, sentences, words))
+
+
+def preset(name: str, image_size: int) -> ModelConfig:
+    """A preset without its weights, a vocabulary that suits the test's tokenizer, a smaller image."""
+    values = read_yaml(preset_file(name), TrainConfig).get("model", {})
+    config = build(ModelConfig, values, source=name)
+    return replace(config, pretrained=False, vocab_size=300, image_size=image_size)
+
+
+PRESETS = [("metris_tiny", 96), ("metris_swin_b", 64)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, size", PRESETS)
+@pytest.mark.parametrize("format", ["onnx", "pt2"])
+def test_preset_exports(name, size, format, tmp_path):
+    model = with_tokenizer(preset(name, size))
+    out = tmp_path / f"a.{format}"
+    export.save_exported(model, out, format=format, recipe={})
+    exported = export.load(out)
+    for images, sentences, words in ((1, 3, 3), (2, 5, 20)):
+        assert_same_as(model, exported, inputs(model.config, images, sentences, words))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, size", PRESETS)
+def test_preset_compiles_to_one_graph_for_all_batches_and_sentences(name, size):
+    torch._dynamo.reset()
+    model = build_metris(preset(name, size)).eval().requires_grad_(False)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    # None of the sizes is that of another axis, which would tie both.
+    for images, sentences, words in ((2, 5, 7), (4, 6, 9), (7, 11, 10)):
+        given = inputs(model.config, images, sentences, words)
+        for tensor, axes in zip(given, ([0], [0, 1], [0, 1], [0]), strict=True):
+            for axis in axes:
+                torch._dynamo.mark_dynamic(tensor, axis)
+        mine, theirs = model(*given), compiled(*given)
+        assert theirs.dynamic_mask.equal(mine.dynamic_mask)
+        torch.testing.assert_close(theirs.logits, mine.logits, rtol=0, atol=1e-4)
+    assert counter.frame_count == 1
