@@ -73,7 +73,8 @@ def claimed(config: TrainConfig, accelerator: Accelerator) -> Iterator[bool]:
         config.out.mkdir(parents=True, exist_ok=True)
         file = (config.out / _LOCK).open("a")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A lock of this process alone: those that load data would hold a flock a while after its death.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise InputError(f"{config.out}: another metris train is at it; wait for that one") from error
         return unfinished

@@ -84,7 +84,7 @@ def test_table_is_trained_scored_and_written(config, capsys):
     assert (config.out / "table-8.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_finished_runs_are_skipped_and_interrupted_ones_begun_anew(config, monkeypatch):
+def test_finished_runs_are_skipped_and_interrupted_ones_go_on(config, monkeypatch):
     begun = []
 
     def interrupted(run, splits, threads):
@@ -103,13 +103,40 @@ def test_finished_runs_are_skipped_and_interrupted_ones_begun_anew(config, monke
     done, third = begun[:2], begun[2]
     monkeypatch.undo()
     trained = []
-    monkeypatch.setattr(command, "train", lambda run: trained.append(run.out) or run.out.mkdir(parents=True))
+    monkeypatch.setattr(command, "train", lambda run: trained.append(run.out) or run.out.mkdir(exist_ok=True))
     monkeypatch.setattr(command, "evaluate", lambda given: scored(given.checkpoint, 0.5))
     monkeypatch.setattr(command, "_parameters", lambda run: 1)
     command.ablate(config)
     names = [(folder.parent.name, int(folder.name[4:])) for folder in trained]
     assert names[0] == third and not set(done) & set(names) and len(names) == 4
-    assert not (trained[0] / "half").exists()
+    assert (trained[0] / "half").exists()  # for train to go on from
+
+
+def test_run_that_is_trained_is_only_scored_and_one_that_sigterm_ended_is_named(config, monkeypatch):
+    one = replace(config, rows=FULL, seeds=1)
+    run = Run(FULL, 0, run_config(one, FULL, 0, {}))
+    monkeypatch.setattr(command, "evaluate", lambda given: scored(given.checkpoint, 0.5))
+    monkeypatch.setattr(command, "_parameters", lambda run: 1)
+
+    def ended(_):
+        raise SystemExit(0)
+
+    monkeypatch.setattr(command, "train", ended)
+    with pytest.raises(InputError, match="ended by SIGTERM; the same command goes on"):
+        command.ablate(one)
+    run.config.out.mkdir(parents=True)
+    (run.config.out / "model.safetensors").touch()
+    (run.config.out / "state").mkdir()
+    with pytest.raises(InputError, match="ended by SIGTERM"):  # weights of an evaluation in its middle
+        command.ablate(one)
+    (run.config.out / "state").rmdir()
+    command.ablate(one)
+    assert run.scores()
+
+
+def test_table_is_not_trained_dry(config):
+    with pytest.raises(InputError, match="dry_run: a table is not trained dry"):
+        command.ablate(replace(config, dry_run=True))
 
 
 def test_other_splits_are_scored_without_training(config, monkeypatch):

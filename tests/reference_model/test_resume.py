@@ -466,6 +466,11 @@ def test_weights_of_an_evaluation_that_no_state_knows_of_are_replaced(
     assert any(not torch.equal(tensor, weights[name]) for name, tensor in load_weights(config.out).items())
 
 
+def refused(config):
+    with pytest.raises(InputError, match="another metris train is at it; wait for that one"):
+        train(config)
+
+
 def test_second_command_in_a_run_is_refused(long_config, tmp_path, monkeypatch):
     config = replace(long_config, out=tmp_path / "run")
     gradients, tried = Learner.gradients, []
@@ -473,8 +478,7 @@ def test_second_command_in_a_run_is_refused(long_config, tmp_path, monkeypatch):
     def meanwhile(learner, micro_batches):
         if not tried:
             tried.append(1)
-            with pytest.raises(InputError, match="another metris train is at it; wait for that one"):
-                train(config)
+            assert in_child(lambda: refused(config)) == 0
         return gradients(learner, micro_batches)
 
     monkeypatch.setattr(Learner, "gradients", meanwhile)
