@@ -60,7 +60,7 @@ def claimed(config: TrainConfig, accelerator: Accelerator) -> Iterator[bool]:
     if config.dry_run:
         yield False
         return
-    file, fresh = None, not config.out.exists()
+    file, fresh = None, [folder for folder in (config.out, *config.out.parents) if not folder.exists()]
 
     def claim() -> bool:
         nonlocal file
@@ -85,9 +85,9 @@ def claimed(config: TrainConfig, accelerator: Accelerator) -> Iterator[bool]:
         if file is not None:
             Path(file.name).unlink(missing_ok=True)
             file.close()
-            if fresh:  # and nothing has been written, as the data or the config could not be used
-                with suppress(OSError):
-                    config.out.rmdir()
+            with suppress(OSError):  # what is not empty stays
+                for folder in fresh:
+                    folder.rmdir()
 
 
 def seed_process(*numbers: int) -> None:
