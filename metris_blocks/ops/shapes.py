@@ -93,6 +93,9 @@ def aligned_bias(mask: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
     """
     n = mask.shape[-1]
     bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -math.inf)
-    # Pad, slice, expand, and nothing after: any later op would lose the aligned stride. Never by 0, or a
-    # traced program would hold for the widths alone that do, or do not, fill whole vectors.
+    if torch.compiler.is_exporting():
+        # A program holds for every n, and PyTorch aligns the rows itself when it runs one.
+        return bias[:, None].expand(-1, heads, -1, -1)
+    # Pad, slice, expand, and nothing after: any later op would lose the aligned stride. Never by 0, or
+    # compiled code would hold for the widths alone that do, or do not, fill whole vectors.
     return F.pad(bias, (0, _ALIGNMENT - n % _ALIGNMENT))[..., :n][:, None].expand(-1, heads, -1, -1)

@@ -212,10 +212,10 @@ def with_tokenizer(config: ModelConfig):
     return model
 
 
+# On the way to ONNX lies the program that a .pt2 holds.
 @pytest.mark.slow
-@pytest.mark.parametrize("format", ["onnx", "pt2"])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_every_variant_exports(name, format, small, tmp_path):
+def test_every_variant_exports(name, small, tmp_path):
     changes = dict(VARIANTS[name])
     if name == "transformers' Swin":
         changes["image_encoder_options"] = SWIN
@@ -223,8 +223,8 @@ def test_every_variant_exports(name, format, small, tmp_path):
         small_text = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
         changes["text_encoder_options"] = changes["text_encoder_options"] | small_text
     model = with_tokenizer(replace(small, **changes))
-    out = tmp_path / f"a.{format}"
-    export.save_exported(model, out, format=format, recipe={})
+    out = tmp_path / "a.onnx"
+    export.save_exported(model, out, format="onnx", recipe={})
     exported = export.load(out)
     for images, sentences, words in ((1, 3, 3), (2, 5, 12)):
         assert_same_as(model, exported, inputs(model.config, images, sentences, words))
@@ -241,8 +241,7 @@ PRESETS = [("metris_tiny", 96), ("metris_swin_b", 64)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, size", PRESETS)
-@pytest.mark.parametrize("format", ["onnx", "pt2"])
+@pytest.mark.parametrize("name, size, format", [(*PRESETS[0], "pt2"), *((*x, "onnx") for x in PRESETS)])
 def test_preset_exports(name, size, format, tmp_path):
     model = with_tokenizer(preset(name, size))
     out = tmp_path / f"a.{format}"
@@ -259,8 +258,9 @@ def test_preset_compiles_to_one_graph_for_all_batches_and_sentences(name, size):
     model = build_metris(preset(name, size)).eval().requires_grad_(False)
     counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
-    # None of the sizes is that of another axis, which would tie both.
-    for images, sentences, words in ((2, 5, 7), (4, 6, 9), (7, 11, 10)):
+    # None of the sizes is that of another axis, which would tie both; and of all these words the same kernels
+    # are the cheaper ones: where others are (below 10 words at 64 px), a second graph is right.
+    for images, sentences, words in ((2, 5, 10), (4, 6, 11), (7, 9, 13)):
         given = inputs(model.config, images, sentences, words)
         for tensor, axes in zip(given, ([0], [0, 1], [0, 1], [0]), strict=True):
             for axis in axes:
