@@ -31,6 +31,7 @@ def app(config: AppConfig) -> None:
         raise InputError(f"port: must be in [1, 65535], got {config.port}")
     _refuse_taken(config.host, config.port)
     device = pick_device(config.device)
+    print("starting; the first time takes some seconds", file=sys.stderr, flush=True)
     folder = demo_run(config.demo) if config.checkpoint is None else config.checkpoint
     checkpoint = load_checkpoint(folder, device=device)
     page.serve(page.blocks(checkpoint, folder), host=config.host, port=config.port)
