@@ -336,22 +336,16 @@ def test_another_ratio_is_that_of_a_model_built_with_it(checkpoint, small, group
     assert not shared.training
 
 
-def test_every_ratio_is_scored_as_evaluation_scores_it(checkpoint, run):
-    from copy import deepcopy
-
-    groups = spaced_images(data_of(run, None), "val", 4)
-    records = [record for group in groups for record in group]
-    encoded = encode(checkpoint, image_of(records[0]))
-    logits = explain(checkpoint, encoded, [records[0].expression])[0].logits
-    model = deepcopy(checkpoint.model)
-    with torch.no_grad():
-        model.decoder.head.bias -= logits.median()  # half the pixels are inside: r can move some
-    confident = replace(checkpoint, model=model)
-    found = sweep(confident, groups, (0.1, 1.0))
+def test_every_ratio_is_scored_as_evaluation_scores_it(bold_run):
+    checkpoint, groups = load_checkpoint(bold_run), spaced_images(data_of(bold_run, None), "val", 4)
+    found = sweep(checkpoint, groups, (0.1, 1.0))
     sizes = {"image_size": checkpoint.config.image_size, "max_tokens": checkpoint.config.max_tokens}
     for ratio, scores in found.scores.items():
-        predictor = MetrisPredictor(with_ratio(model, ratio), checkpoint.tokenizer, **sizes)
-        expected = Evaluator().score(predictor, records)
+        model = with_ratio(checkpoint.model, ratio)
+        expected = Evaluator().score(
+            MetrisPredictor(model, checkpoint.tokenizer, **sizes),
+            [record for group in groups for record in group],
+        )
         assert scores == pytest.approx(expected, abs=1e-6)
     assert len({scores["oIoU"] for scores in found.scores.values()}) == 3
 
@@ -406,11 +400,11 @@ def test_trained_ratios_are_means_with_students_interval(tmp_path):
         trained(path, "testB")
 
 
-def test_figures_of_a_run_have_the_scores_of_evaluate(run, scenes, tmp_path, capsys):
-    other = shutil.copytree(run, tmp_path / "another")
+def test_figures_of_a_run_have_the_scores_of_evaluate(bold_run, scenes, tmp_path, capsys):
+    other = shutil.copytree(bold_run, tmp_path / "another")
     arguments = [
         "--checkpoint",
-        run,
+        bold_run,
         "--against",
         other,
         "--ratios",
@@ -423,9 +417,9 @@ def test_figures_of_a_run_have_the_scores_of_evaluate(run, scenes, tmp_path, cap
     ]
     assert main(["figures", *map(str, arguments)]) == 0
     found = json.loads(capsys.readouterr().out)
-    scored = evaluate(EvaluateConfig(DataConfig(root=scenes), run, out=tmp_path / "m.json", json=True))
+    scored = evaluate(EvaluateConfig(DataConfig(root=scenes), bold_run, out=tmp_path / "m.json", json=True))
     name, twin = found["oIoU"]
-    assert (name, twin) == (run.name, "another") and found["images"] == 6
+    assert (name, twin) == ("bold", "another") and found["images"] == 6
     for numbers in ("oIoU", "AUC-PR", "silhouette"):  # the same weights, so the same curve
         assert found[numbers][name] == found[numbers][twin]
     assert found["oIoU"][name] == pytest.approx(scored["val"]["METRIS"]["oIoU"], abs=1e-9)
