@@ -91,7 +91,7 @@ def score_by_ratio(
         )
     axes.set(xlabel="r (% of visual tokens curated)", ylabel=f"{score} (%)", title=title)
     axes.grid(alpha=0.25, linewidth=0.5)
-    axes.legend()
+    figure.legend(loc="outside lower center")
     return figure
 
 
