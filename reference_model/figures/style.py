@@ -46,6 +46,8 @@ def styled(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:
     def inside(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Figure:
         with matplotlib.rc_context(_STYLE):
             figure = draw(*args, **kwargs)
+            for axes in figure.axes:  # ticks made later, by whoever shows it, have this size too
+                axes.tick_params(labelsize=_STYLE["xtick.labelsize"])
             # Ticks are made and all is laid out now, in this style, and once, not when somebody shows it.
             figure.draw_without_rendering()
             figure.set_layout_engine("none")
