@@ -1,5 +1,6 @@
 """The command ``app``: a checkpoint, or else the demo's, in the browser."""
 
+import importlib.util
 import socket
 import sys
 from dataclasses import replace
@@ -23,16 +24,18 @@ def app(config: AppConfig) -> None:
     Raises:
         InputError: The checkpoint cannot be used, the port is taken, or gradio is missing.
     """
-    try:
-        from reference_model.viewing import app as page
-    except ModuleNotFoundError as error:
-        raise InputError(f"app: needs {error.name}; pip install 'metris-blocks[app]'") from error
+    for package in ("gradio", "matplotlib"):  # importing them takes seconds
+        if importlib.util.find_spec(package) is None:
+            raise InputError(f"app: needs {package}; pip install 'metris-blocks[app]'")
     if not 1 <= config.port <= 65535:
         raise InputError(f"port: must be in [1, 65535], got {config.port}")
     _refuse_taken(config.host, config.port)
     device = pick_device(config.device)
     folder = demo_run(config.demo) if config.checkpoint is None else config.checkpoint
     checkpoint = load_checkpoint(folder, device=device)
+    print("starting; this takes some seconds", file=sys.stderr, flush=True)
+    from reference_model.viewing import app as page
+
     page.serve(page.blocks(checkpoint, folder), host=config.host, port=config.port)
 
 

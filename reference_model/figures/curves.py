@@ -91,7 +91,8 @@ def score_by_ratio(
         )
     axes.set(xlabel="r (% of visual tokens curated)", ylabel=f"{score} (%)", title=title)
     axes.grid(alpha=0.25, linewidth=0.5)
-    axes.legend()
+    axes.margins(y=0.25)
+    axes.legend(loc="lower right")
     return figure
 
 

@@ -46,7 +46,11 @@ def styled(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:
     def inside(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Figure:
         with matplotlib.rc_context(_STYLE):
             figure = draw(*args, **kwargs)
-            figure.draw_without_rendering()  # ticks are made now, in this style, not when somebody shows it
+            for axes in figure.axes:  # ticks made later, by whoever shows it, have this size too
+                axes.tick_params(labelsize=_STYLE["xtick.labelsize"])
+            # Ticks are made and all is laid out now, in this style, and once, not when somebody shows it.
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")
             return figure
 
     return inside

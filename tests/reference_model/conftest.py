@@ -1,5 +1,6 @@
 """A data set of a few scenes and a network of a few thousand parameters, shared by the tests of the model."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,11 +8,14 @@ import pytest
 import torch
 
 from reference_model.data.config import DataConfig
+from reference_model.data.images import open_image
 from reference_model.data.synthetic.config import GenerateConfig
 from reference_model.data.synthetic.export import generate
+from reference_model.model.checkpoint import load_checkpoint, save_weights
 from reference_model.model.config import ModelConfig
 from reference_model.training.config import TrainConfig
 from reference_model.training.train import train
+from reference_model.viewing.explain import encode, explain
 
 SMALL = ModelConfig(
     image_encoder="convnext_atto",
@@ -63,6 +67,19 @@ def run_config(scenes, tmp_path_factory) -> TrainConfig:
 def run(run_config) -> Path:
     """A finished run of four steps: a checkpoint."""
     return train(run_config)
+
+
+@pytest.fixture(scope="session")
+def bold_run(run, scenes, tmp_path_factory) -> Path:
+    """The run with its last bias moved, so that half of the pixels are inside a mask and IoUs differ."""
+    folder = shutil.copytree(run, tmp_path_factory.mktemp("bold") / "bold")
+    checkpoint = load_checkpoint(folder)
+    image = open_image(min((scenes / "images" / "train2014").glob("*.jpg")))
+    (found,) = explain(checkpoint, encode(checkpoint, image), ["star"])
+    with torch.no_grad():
+        checkpoint.model.decoder.head.bias -= found.logits.median()
+    save_weights(folder, checkpoint.model)
+    return folder
 
 
 @pytest.fixture

@@ -2,8 +2,10 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +23,10 @@ from reference_model.model.checkpoint import load_checkpoint
 from reference_model.scoring.config import EvaluateConfig
 from reference_model.scoring.curves import PrecisionRecall
 from reference_model.scoring.evaluate import evaluate
-from reference_model.viewing.explain import encode, explain, unknown_words, with_ratio
-from reference_model.viewing.figures import embeddings, trained
+from reference_model.scoring.evaluator import Evaluator
+from reference_model.scoring.metris_predictor import MetrisPredictor
+from reference_model.viewing.explain import _within, encode, explain, unknown_words, with_ratio
+from reference_model.viewing.figures import embeddings, sweep, trained
 from reference_model.viewing.runs import data_of, image_of, log_of, losses, spaced_images
 
 H, W = 20, 30
@@ -316,8 +320,6 @@ def test_explanation_is_what_the_model_says(checkpoint, group):
 
 
 def test_another_ratio_is_that_of_a_model_built_with_it(checkpoint, small, group):
-    from dataclasses import replace
-
     encoded, sentence = encode(checkpoint, image_of(group[0])), [group[0].expression]
     before = explain(checkpoint, encoded, sentence)[0]
     (live,) = explain(checkpoint, encoded, sentence, ratio=0.6)
@@ -332,6 +334,29 @@ def test_another_ratio_is_that_of_a_model_built_with_it(checkpoint, small, group
         p.data_ptr() for p in checkpoint.model.parameters()
     }
     assert not shared.training
+
+
+def test_every_ratio_is_scored_as_evaluation_scores_it(bold_run):
+    checkpoint, groups = load_checkpoint(bold_run), spaced_images(data_of(bold_run, None), "val", 4)
+    found = sweep(checkpoint, groups, (0.1, 1.0))
+    sizes = {"image_size": checkpoint.config.image_size, "max_tokens": checkpoint.config.max_tokens}
+    for ratio, scores in found.scores.items():
+        model = with_ratio(checkpoint.model, ratio)
+        expected = Evaluator().score(
+            MetrisPredictor(model, checkpoint.tokenizer, **sizes),
+            [record for group in groups for record in group],
+        )
+        assert scores == pytest.approx(expected, abs=1e-6)
+    assert len({scores["oIoU"] for scores in found.scores.values()}) == 3
+
+
+def test_maps_of_a_padded_image_are_cut_to_it():
+    """Three cells of 32 pixels cover an image of 80: each pixel has its own cell's value."""
+    maps = torch.arange(9.0).reshape(1, 3, 3)
+    cut = _within(maps, (96, 96), (80, 80))
+    assert cut.shape == (1, 80, 80)
+    assert all(cut[0, y, x] == maps[0, y // 32, x // 32] for y in range(0, 80, 7) for x in range(0, 80, 7))
+    assert _within(maps, (96, 96), (96, 96)) is maps
 
 
 @pytest.mark.parametrize("ratio", [0.0, -0.1, 30, float("nan")])
@@ -375,12 +400,13 @@ def test_trained_ratios_are_means_with_students_interval(tmp_path):
         trained(path, "testB")
 
 
-def test_figures_of_a_run_have_the_scores_of_evaluate(run, scenes, tmp_path, capsys):
-    other = tmp_path / "another"
-    other.symlink_to(run)
+def test_figures_of_a_run_have_the_scores_of_evaluate(bold_run, scenes, tmp_path, capsys):
+    other = shutil.copytree(bold_run, tmp_path / "another")
     arguments = [
         "--checkpoint",
-        run,
+        bold_run,
+        "--against",
+        other,
         "--ratios",
         "0.3,0.9",
         "--count",
@@ -391,9 +417,11 @@ def test_figures_of_a_run_have_the_scores_of_evaluate(run, scenes, tmp_path, cap
     ]
     assert main(["figures", *map(str, arguments)]) == 0
     found = json.loads(capsys.readouterr().out)
-    scored = evaluate(EvaluateConfig(DataConfig(root=scenes), run, out=tmp_path / "m.json", json=True))
-    (name,) = found["oIoU"]
-    assert found["images"] == 6
+    scored = evaluate(EvaluateConfig(DataConfig(root=scenes), bold_run, out=tmp_path / "m.json", json=True))
+    name, twin = found["oIoU"]
+    assert (name, twin) == ("bold", "another") and found["images"] == 6
+    for numbers in ("oIoU", "AUC-PR", "silhouette"):  # the same weights, so the same curve
+        assert found[numbers][name] == found[numbers][twin]
     assert found["oIoU"][name] == pytest.approx(scored["val"]["METRIS"]["oIoU"], abs=1e-9)
     assert found["AUC-PR"][name] == pytest.approx(scored["val"]["METRIS"]["AUC-PR"], abs=1e-9)
     assert found["oIoU by r"]["0.3"] == found["oIoU"][name] and set(found["oIoU by r"]) == {"0.3", "0.9"}

@@ -20,9 +20,9 @@ from tests.reference_model.browser import opened
 
 
 @pytest.fixture(scope="module")
-def scored(run, scenes, tmp_path_factory):
+def scored(bold_run, scenes, tmp_path_factory):
     folder = tmp_path_factory.mktemp("scores")
-    config = EvaluateConfig(DataConfig(root=scenes), run, intervals=True, breakdowns=True, json=True)
+    config = EvaluateConfig(DataConfig(root=scenes), bold_run, intervals=True, breakdowns=True, json=True)
     rows = folder / "rows.jsonl"
     return evaluate(replace(config, out=folder / "m.json", results=rows))["val"]["METRIS"], [
         json.loads(line) for line in rows.read_text().splitlines()
@@ -38,9 +38,9 @@ def tables(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def file(run, tables, tmp_path_factory):
+def file(bold_run, tables, tmp_path_factory):
     out = tmp_path_factory.mktemp("report") / "report.html"
-    assert main(["report", str(run), "--out", str(out), "--ablations", str(tables), "--count", "3"]) == 0
+    assert main(["report", str(bold_run), "--out", str(out), "--ablations", str(tables), "--count", "3"]) == 0
     return out
 
 
@@ -87,6 +87,7 @@ def test_report_in_the_browser_asks_for_nothing_and_has_every_part(file, scored,
         assert wanted in headings
     assert "image_encoder: convnext_atto" in config and "ve<b>" in text and "64.41 ± 1.75" in text
     ious = sorted(row["iou"] for row in rows)
+    assert len(set(ious)) > 10  # else no order could be seen
     assert galleries["worst"] == pytest.approx(ious[:3], abs=1e-6)
     assert galleries["best"] == pytest.approx(ious[:-4:-1], abs=1e-6)
     failures = [iou for iou in ious if iou < FAILED]

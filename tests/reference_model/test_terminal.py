@@ -149,14 +149,16 @@ def predict(*arguments):
     return main(["predict", *map(str, arguments)])
 
 
-def test_folder_is_predicted_as_its_images_are(run, photos, tmp_path, capsys):
-    arguments = ("--checkpoint", run, "--threshold", 0.1, "--expression", "star")
+def test_folder_is_predicted_as_its_images_are(bold_run, photos, tmp_path, capsys):
+    arguments = ("--checkpoint", bold_run, "--expression", "star")
     assert predict(*arguments, "--image", photos, "--out", tmp_path / "many", "--json") == 0
     entries = json.loads(capsys.readouterr().out)
     assert [entry["image"] for entry in entries] == [str(photos / f"{n}.jpg") for n in range(3)]
     assert predict(*arguments, "--image", photos / "1.jpg", "--out", tmp_path / "one.png") == 0
     one, same = Image.open(tmp_path / "one.png"), Image.open(entries[1]["mask"])
     assert (np.asarray(one) == np.asarray(same)).all()
+    masks = {np.asarray(Image.open(entry["mask"])).tobytes() for entry in entries}
+    assert len(masks) == 3  # none empty, none written over another
     assert same.size == open_image(photos / "1.jpg").size
 
 
