@@ -40,16 +40,19 @@ class Hub(Reader):
         text: The form of sentences that is read, cleaned (``sent``) or ``raw``; where it is blank, the other.
         on_error: What a malformed row does: ``stop`` with an InputError, or be left out (``skip``).
             A sentence without words is left out in either case, and a file that cannot be read stops.
+        images: Whether images must be there; False where none will be opened.
 
     Raises:
         InputError: A file is missing or malformed, or pyarrow is not installed.
     """
 
-    def __init__(self, root: str | Path, *, text: Text = "sent", on_error: OnError = "stop") -> None:
+    def __init__(
+        self, root: str | Path, *, text: Text = "sent", on_error: OnError = "stop", images: bool = True
+    ) -> None:
         self.root = Path(root)
-        super().__init__(self.root, text=text, on_error=on_error)
+        super().__init__(self.root, text=text, on_error=on_error, images=images)
         self._files = _by_split(self.root)
-        self._coco = CocoImages(self.root)
+        self._coco = CocoImages(self.root, needed=images)
         self._folders = Folders()
         self.categories = dict(COCO)
         self._bad: set[str] = set()
@@ -111,9 +114,10 @@ class Hub(Reader):
                 ann_id=ann_id,
                 image_id=image_id,
                 sent_id=sent_id,
+                raw=raw,
                 category_id=category_id,
             )
-            for sent_id, expression in self._sentences(_with_sentences(row, where), where)
+            for sent_id, expression, raw in self._sentences(_with_sentences(row, where), where)
         ]
 
     def _image(self, name: str, image_id: int, where: str) -> Path:
@@ -126,7 +130,7 @@ class Hub(Reader):
             )
         path = self._coco.path(name)
         # Otherwise told for a whole split, and only when that is asked for.
-        if self.on_error == "skip" and (defect := self._folders.defect(path)):
+        if self.images and self.on_error == "skip" and (defect := self._folders.defect(path)):
             raise InputError(f"{where} names {path}, which {defect}; put the image there")
         return path
 

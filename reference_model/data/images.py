@@ -156,6 +156,28 @@ def open_mask(path: Path, height: int, width: int, overlaps: Overlaps = "union")
     return inside
 
 
+def open_binary(path: Path) -> np.ndarray:
+    """Read a predicted mask from a PNG: 0 outside, one other value inside.
+
+    Returns:
+        (height, width) bool, at the size of the file.
+
+    Raises:
+        InputError: The file is missing, damaged, no PNG, or has more values: they may be probabilities.
+    """
+    with _opened(path, str(path)) as file:
+        _refuse_other_than_png(file, str(path))
+        values: np.ndarray = np.asarray(file)
+        if file.mode in ("LA", "RGB", "RGBA"):
+            values = values[..., : 1 if file.mode == "LA" else 3].max(axis=2)
+    inside = values != 0
+    if inside.any() and (values[inside] != values[inside][0]).any():
+        raise InputError(
+            f"{path}: has more values than 0 and one other; cut probabilities at the model's threshold first"
+        )
+    return inside
+
+
 @contextmanager
 def _opened(image: str | Path | bytes, name: str) -> Iterator[Image.Image]:
     """Open an image file of an allowed kind and size; the block reads from it."""
@@ -255,20 +277,21 @@ class CocoImages:
 
     Args:
         root: Folder that holds one of ``IMAGE_FOLDERS``, or one of those with val2014 in its name.
+        needed: Whether there must be one; else paths lead into the first that there might be.
 
     Raises:
         InputError: There is none of them.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, needed: bool = True) -> None:
         names = [*IMAGE_FOLDERS, *(usual.replace("train2014", "val2014") for usual in IMAGE_FOLDERS)]
         self._folders = [root / name for name in dict.fromkeys(names) if (root / name).is_dir()]
-        if not self._folders:
+        if not self._folders and needed:
             raise InputError(
                 f"{root}: holds no image folder; put COCO train2014 into {' or '.join(IMAGE_FOLDERS)}"
             )
         self._listed = Folders()
-        self._last = self._folders[0]
+        self._last = self._folders[0] if self._folders else root / IMAGE_FOLDERS[0]
 
     def path(self, name: str) -> Path:
         """Give the path of an image in a folder that has it, or else in the one that had the last image."""

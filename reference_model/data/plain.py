@@ -239,3 +239,14 @@ def plain_path(name: str) -> bool:
     parts = PurePosixPath(name).parts
     below = bool(parts) and parts[0] != "/" and ".." not in parts
     return below and len(name) <= LONGEST_PATH and not _BARRED.search(name)
+
+
+def note_of(file: Path, name: str) -> Path:
+    """Name a file that goes with a file of one's own: NAME.generated.json with NAME.jsonl."""
+    return file.with_name(f"{file.stem}.{name}")
+
+
+def note_beside(place: Path, name: str) -> Path | None:
+    """Find a note such as generated.json: in a folder; with a file, the file's own, or that of its folder."""
+    paths = [place / name] if place.is_dir() else [note_of(place, name), place.parent / name]
+    return next((path for path in paths if path.is_file()), None)

@@ -55,6 +55,9 @@ class Record:
     category_id: int | tuple[int, ...]
     """COCO category of the object, 1 to 90, or 0 where it is not known; in gRefCOCO those of the objects."""
 
+    raw: str | None = None
+    """The sentence before it was cleaned, where the cleaned one is read and this form of it differs."""
+
     @property
     def no_target(self) -> bool:
         """Whether the sentence refers to nothing in the image, so that its mask is empty."""

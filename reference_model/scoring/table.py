@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-_COLUMNS = ("mIoU", "oIoU", "P@0.5", "P@0.7", "P@0.9", "AUC-PR", "gIoU", "cIoU", "N-acc", "T-acc")
+_PRECISIONS = tuple(f"P@0.{tenths}" for tenths in (5, 6, 7, 8, 9))
+_COLUMNS = ("mIoU", "oIoU", *_PRECISIONS, "AUC-PR", "gIoU", "cIoU", "N-acc", "T-acc")
 
 
 def score_table(found: dict[str, dict[str, dict[str, Any]]]) -> str:

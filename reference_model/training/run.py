@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from reference_model.configs import build, read_yaml, to_yaml
 from reference_model.data.collate import Batch
+from reference_model.data.convert import generated_note
 from reference_model.data.records import Record
 from reference_model.data.streaming import ShardedLoader
 from reference_model.files import InputError, written_whole
@@ -93,11 +94,9 @@ class Run:
         if self.first_process:
             if not self.step:
                 start_checkpoint(self.out, to_yaml(self.config), self.predictor.tokenizer)
-                root = self.config.data.root
-                root = root if root.is_dir() else root.parent
-                if (root / GENERATED).is_file():
+                if (note := generated_note(self.config.data.root)) is not None:
                     with written_whole(self.out / GENERATED) as path:
-                        shutil.copyfile(root / GENERATED, path)
+                        shutil.copyfile(note, path)
             parameters = list(self.learner.bare.parameters())
             facts = {
                 "processes": self.accelerator.num_processes,

@@ -99,8 +99,13 @@ def module_with(monkeypatch, **functions):
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_results_scored_again_give_the_same_scores(any_run, any_data, middles, tmp_path, protocol):
     results, again = tmp_path / "results.jsonl", tmp_path / "again.jsonl"
-    usual = {"protocol": protocol, "splits": "val,testA", **middles}
-    first = evaluate(EvaluateConfig(any_data, any_run, results=results, out=tmp_path / "m.json", **usual))
+    usual = {
+        "protocol": protocol,
+        "splits": "val, testA",
+        "no_target_threshold": middles["no_target_threshold"],
+    }
+    cut = {"threshold": middles["threshold"], "out": tmp_path / "m.json"}
+    first = evaluate(EvaluateConfig(any_data, any_run, results=results, **cut, **usual))
     second = evaluate(EvaluateConfig(any_data, predictions=results, results=again, **usual))
     for split in ("val", "testA"):
         assert numbers(first[split]["METRIS"]) == numbers(second[split]["results.jsonl"])
@@ -304,7 +309,7 @@ def test_shards_are_scored_like_the_data_they_were_made_of(run, data, threshold,
     found = scores_of(EvaluateConfig(sharded, run, **usual))
     expected = scores_of(EvaluateConfig(data, run, **usual))
     assert numbers(found) == pytest.approx(numbers(expected), abs=1e-4)
-    assert found["evaluation"]["dataset"] == "shards" and found["evaluation"]["split_by"] is None
+    assert found["evaluation"]["dataset"] == "refcoco" and found["evaluation"]["split_by"] == "unc"
     with pytest.raises(InputError, match="no split 'vall'; did you mean 'val'"):
         evaluate(EvaluateConfig(sharded, tmp_path / "no checkpoint is looked for", splits="vall"))
 
@@ -318,7 +323,8 @@ def test_metrics_say_what_was_scored_and_how(run, data, tmp_path):
     said = json.loads(out.read_text())["val"]["METRIS"]["evaluation"]
     assert said.pop("data").endswith("refcoco/refs(unc).p") and said.pop("checkpoint") == str(run)
     expected = {"dataset": "refcoco", "split_by": "unc", "generated": True, "protocol": "cris"}
-    assert said == expected | {"threshold": 0.35, "no_target_threshold": 0.4, "sentences": "all"}
+    expected |= {"threshold": 0.35, "no_target_threshold": 0.4, "sentences": "all", "left_out": 0}
+    assert said == expected
 
 
 def test_first_sentences_are_one_of_each_object(run, data, tmp_path):
