@@ -23,6 +23,12 @@ LONGEST_CELL = 2**24
 _NAME = re.compile(r"([A-Za-z]\w{0,63})-([0-9]{5})-of-([0-9]{5})(?:-[0-9a-f]+)?\.parquet")
 _COLUMNS = ("ref_id", "ann_id", "image_id", "category_id", "raw_anns", "raw_image_info")
 _SENTENCES = ("sentences", "captions", "sent_ids")
+LARGEST_ROW = 4 * LONGEST_CELL
+"""Bytes of a row, written out, at most."""
+
+MOST_VALUES = 2**26
+"""Values of a column in a row group, at most."""
+
 _ROWS = 64
 # What pyarrow raises on damaged files; its own errors are among these.
 _DAMAGED = (OSError, ValueError, LookupError, TypeError, NotImplementedError, MemoryError, RuntimeError)
@@ -166,9 +172,34 @@ def _by_split(root: Path) -> dict[str, list[Path]]:
     return {refer.get(name, name): [path for _, path in sorted(parts[name].items())] for name in order}
 
 
-def _pyarrow() -> ModuleType:
+def _bounded(batch: Any, path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a batch as plain values, one at a time where all at once would be too large."""
+    if sum(map(_written_out, batch.columns)) <= LARGEST_ROW:
+        yield from batch.to_pylist()
+        return
+    for row in (batch.slice(index, 1) for index in range(len(batch))):
+        if (size := sum(map(_written_out, row.columns))) > LARGEST_ROW:
+            raise InputError(f"{path}: a row has {size} bytes, at most {LARGEST_ROW} are read; {MEND}")
+        yield from row.to_pylist()
+
+
+def _written_out(array: Any) -> int:
+    """Count the bytes of an arrow array once it is written out: shared text as often as it is named."""
+    types = _import("pyarrow.types")
+    if types.is_struct(array.type):
+        return sum(map(_written_out, array.flatten()))
+    if types.is_list(array.type) or types.is_large_list(array.type):
+        return 8 * len(array) + _written_out(array.flatten())
+    if types.is_dictionary(array.type):
+        compute = _import("pyarrow.compute")
+        named = array.indices.drop_null()
+        return int(compute.sum(compute.binary_length(array.dictionary).take(named)).as_py() or 0)
+    return int(array.nbytes)
+
+
+def _import(name: str) -> ModuleType:
     try:
-        return import_module("pyarrow.parquet")
+        return import_module(name)
     except ImportError as error:
         raise InputError("parquet files need pyarrow; pip install 'metris-blocks[data]'") from error
 
@@ -179,7 +210,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         InputError: It is missing, damaged, or lacks a column.
     """
-    parquet = _pyarrow()
+    parquet = _import("pyarrow.parquet")
     if not path.is_file():
         raise InputError(f"{path}: is not a file; fetch it again")
     try:
@@ -191,8 +222,15 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
             if lacking or columns == [*_COLUMNS]:
                 there = f"only {shown(known)}; use the files of jxu124/refcoco, refcocoplus or refcocog"
                 raise InputError(f"{path}: has no column {(lacking or _SENTENCES)[0]!r}, {there}")
-            for batch in file.iter_batches(_ROWS, columns=columns, use_threads=False):
-                yield from batch.to_pylist()
+            # Text that a file holds once and names often stays so, until it is known what it comes to.
+            leaves = [file.schema.column(index) for index in range(len(file.schema))]
+            texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
+        with parquet.ParquetFile(path, read_dictionary=texts) as file:
+            # A row group for itself: text in lists has one dictionary there, as pyarrow wants it.
+            for group in range(file.num_row_groups):
+                options = {"row_groups": [group], "columns": columns, "use_threads": False}
+                for batch in file.iter_batches(_ROWS, **options):
+                    yield from _bounded(batch, path)
     except InputError:
         raise
     except _DAMAGED as error:
@@ -205,7 +243,15 @@ def _refuse_bomb(metadata: Any, path: Path) -> None:
     if metadata.num_rows > size:
         raise InputError(f"{path}: states {metadata.num_rows} rows in {size} bytes; fetch it again")
     for index in range(metadata.num_row_groups):
-        if (unpacked := metadata.row_group(index).total_byte_size) > LARGEST_GROUP:
+        group = metadata.row_group(index)
+        for column in map(group.column, range(group.num_columns)):
+            if column.num_values > MOST_VALUES or column.physical_type in ("FIXED_LEN_BYTE_ARRAY", "INT96"):
+                raise InputError(
+                    f"{path}: column {shown(column.path_in_schema)} of row group {index} has "
+                    f"{column.num_values} values of {column.physical_type}; at most {MOST_VALUES} of plain "
+                    "numbers and texts are read"
+                )
+        if (unpacked := group.total_byte_size) > LARGEST_GROUP:
             raise InputError(
                 f"{path}: row group {index} has {unpacked} bytes, more than the {LARGEST_GROUP} that are "
                 "read; write it with smaller ones"

@@ -99,6 +99,11 @@ def shown(value: object) -> str:
         return f"a huge {type(value).__name__}"
 
 
+def printable(text: str) -> str:
+    """Write out what a terminal would act on: line ends, escape sequences, turns of direction."""
+    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in text)
+
+
 def one_line(error: BaseException) -> str:
     """Print what an exception says on one short line, or its type where it says nothing."""
     return " ".join(str(error).split())[:160] or type(error).__name__
