@@ -128,7 +128,7 @@ class Hub(Reader):
 
     def _image(self, name: str, image_id: int, where: str) -> Path:
         if not plain_path(name):
-            raise InputError(f"{where} has file_name {shown(name)}, not a plain path; {MEND}")
+            raise InputError(f"{where} has file_name {shown(name)}, not a plain path (without ':'); {MEND}")
         if self._names.get(image_id, name) != name:
             raise InputError(
                 f"{where} has image_id {image_id} for {shown(name)}, but it is that of "

@@ -241,8 +241,8 @@ class Jsonl(Reader):
         """Find a file that a line names below the folder of this file."""
         if not plain_path(name):
             raise InputError(
-                f"{where} has {what!r} = {shown(name)}, expected a path below {self.root} without '..'; "
-                "move the files there, or link their folder"
+                f"{where} has {what!r} = {shown(name)}, expected a path below {self.root} without '..', ':' "
+                "or '\\\\'; move or rename the files, or link their folder"
             )
         path = self.root / name
         if needed and (defect := self._folders.defect(path)):

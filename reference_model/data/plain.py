@@ -20,7 +20,7 @@ MOST_BYTES = 2**30
 
 LONGEST_PATH = 1000
 
-# What no path needs: separators of other systems, line ends and other controls, halves of characters.
+# What no portable path has: separators and drives of other systems, controls, halves of characters.
 _BARRED = re.compile(r"[\\:\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 # What garbage makes the unpickler raise, besides UnpicklingError; found by fuzzing.

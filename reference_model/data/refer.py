@@ -127,7 +127,7 @@ class Refer(Reader):
         name = plain_field(image, "file_name", str, where)
         if not plain_path(name):
             raise InputError(
-                f"{where} has file_name {shown(name)}, not a plain path inside the image folder; {MEND}"
+                f"{where} has file_name {shown(name)}, not a plain path in the images (without ':'); {MEND}"
             )
         return name, height, width
 

@@ -111,7 +111,9 @@ PROTOCOLS = {
             epsilon=1e-6,
         ),
         # ReLA/gres_model/evaluation/refer_evaluation.py: `process`, `evaluate` (argmax at 480, >= .7 .8 .9
-        # over sentences with a target, the classifier's word); gres_model/data/dataset_mappers (union).
+        # over sentences with a target, the classifier's word); gres_model/data/dataset_mappers (union, which
+        # leaves out annotations with iscrowd; the readers here take them in, so that a target that holds a
+        # crowd has more true pixels than there).
         Protocol("rela", size=480, threshold="argmax", precisions=(0.7, 0.8, 0.9), empty_by="classifier"),
     )
 }
