@@ -4,7 +4,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -80,7 +80,8 @@ class ReferringDataset(Dataset[Item]):
         cache: Keep each image (3·s² bytes) and mask (s² bytes) in memory once made. A worker process of a
             DataLoader keeps its own.
         on_error: What an image or mask that cannot be decoded does: ``stop`` with an InputError, or be left
-            out of its batch, with one warning (``skip``).
+            out of its batch, with one warning (``skip``). A batch that would be left empty takes the next
+            record that can be decoded, so that all training processes stay in step.
     """
 
     def __init__(
@@ -102,14 +103,28 @@ class ReferringDataset(Dataset[Item]):
         return len(self.records)
 
     def __getitem__(self, index: int) -> Item:
-        return self.__getitems__([index])[0]
+        return self._items([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Item]:
         """Make a whole batch (DataLoader asks for it): what sentences share is decoded once.
 
         Raises:
-            InputError: An image or mask cannot be decoded; under ``skip``, when that leaves no item.
+            InputError: An image or mask cannot be decoded; under ``skip``, when none of all records can.
         """
+        try:
+            return self._items(indices)
+        except InputError as error:
+            if self.on_error == "stop":
+                raise
+            first = error
+        count = len(self.records)
+        for index in range(indices[-1] + 1, indices[-1] + count):
+            with suppress(InputError):
+                return self._items([index % count])
+        raise first
+
+    def _items(self, indices: Sequence[int]) -> list[Item]:
+        """Make those of a batch that can be decoded; raises where none can."""
         images: dict[int, Tensor] = {}
         masks: dict[int, Tensor] = {}
         items, first = [], None

@@ -6,6 +6,8 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +16,21 @@ from tqdm import tqdm
 from reference_model.data.config import ConvertConfig, DataConfig
 from reference_model.data.hub import Hub
 from reference_model.data.layouts import read
-from reference_model.data.plain import plain_path, read_bytes
+from reference_model.data.plain import note_beside, note_of, plain_path, read_bytes
 from reference_model.data.reader import Reader
 from reference_model.data.records import Record
 from reference_model.data.shards import Shards, ShardWriter, by_ref, image_suffix, plain_ids, plain_mask
-from reference_model.data.splits import LISTS
+from reference_model.data.splits import CATEGORIES, LISTS, lists_of
 from reference_model.files import InputError, written_whole
 
 GENERATED = "generated.json"
+_NO_FOLDER = (".json", ".ndjson", ".tar", ".parquet")
 WAITING = 32_768
 """Images of shards that wait for further refs at most; one whose refs lie further apart is stored again."""
 
 # What git clone and the Hub's cache call the folder of jxu124's data sets -> which those are.
 _CLONE = re.compile(r"(?:.*--)?(refcoco(?:plus|g)?)")
+_CRIS = {"refcocog_u": ("refcocog", "umd"), "refcocog_g": ("refcocog", "google")}
 _HUB = {"refcoco": ("refcoco", "unc"), "refcocoplus": ("refcoco+", "unc"), "refcocog": ("refcocog", "umd")}
 
 Counts = dict[str, dict[str, int]]
@@ -42,13 +46,17 @@ def convert(config: ConvertConfig) -> Path:
     out = config.out
     if not 1 <= config.shard_size <= 2**20:
         raise InputError(f"shard_size: must be in [1, 1048576] MiB, got {config.shard_size}")
-    if not out.name or out.suffix in (".json", ".tar", ".parquet"):
+    if not out.name or out.suffix.lower() in _NO_FOLDER or out.suffix.lower() == ".jsonl" != out.suffix:
         raise InputError(f"out {out}: expected NAME.jsonl, or a folder for shards")
-    if out.exists():
-        raise InputError(f"{out}: is there already; choose another --out or remove it")
-    reader = read(config.data)
+    lines = out.suffix == ".jsonl"
+    notes = [note_of(out, name) for name in (GENERATED, LISTS, CATEGORIES)] if lines else []
+    for path in (out, *notes):
+        if path.exists():
+            raise InputError(f"{path}: is there already; choose another --out or remove it")
+    # Both forms of a sentence are kept, and data.text chooses among them when the output is read.
+    reader = read(replace(config.data, text="sent"))
     splits = _splits(reader, config.splits)
-    write = _write_lines if out.suffix == ".jsonl" else _write_shards
+    write = _write_lines if lines else _write_shards
     total = sum(reader.splits[split] for split in splits)
     with tqdm(total=total, desc="convert", unit="sentence", leave=False, disable=None) as bar:
         counts, left_out = write(config, reader, splits, bar.update)
@@ -74,9 +82,14 @@ def made_of(reader: Reader, data: DataConfig) -> dict[str, Any]:
     # Layouts that hold one data set do not look at the config's dataset.
     for part in reader.source.parts[len(data.root.parts) :]:
         if part in (data.dataset, f"{data.dataset}_{data.split_by[:1]}"):
-            name = part, data.split_by
-    folder = data.root if data.root.is_dir() else data.root.parent
-    return {"dataset": name[0], "split_by": name[1], "generated": (folder / GENERATED).is_file()}
+            name = _CRIS.get(part, (part, data.split_by))
+    generated = generated_note(data.root) is not None
+    return {"dataset": name[0], "split_by": name[1], "generated": generated}
+
+
+def generated_note(root: Path) -> Path | None:
+    """Find the settings by which the data set at ``data.root`` was generated; None where it was not."""
+    return note_beside(root, GENERATED)
 
 
 def _splits(reader: Reader, wanted: str | None) -> list[str]:
@@ -112,7 +125,11 @@ def _write_lines(
                 count["sentences"] += len(refs)
                 count["refs"] += 1
                 advance(len(refs))
-        _copy_notes(config, reader, out.parent)
+        _copy_notes(config, reader, partial(note_of, out))
+        if reader.categories:
+            names = {str(id): name for id, name in reader.categories.items()}
+            with written_whole(note_of(out, CATEGORIES)) as path:
+                path.write_text(json.dumps(names, indent=1) + "\n", encoding="utf-8")
     return counts, 0
 
 
@@ -120,9 +137,12 @@ def _line(records: list[Record], image: Path, out: Path) -> dict[str, Any]:
     ref = records[0]
     mask = None if ref.no_target else ref.segmentation
     many = len(records) > 1
+    raws = [one.expression if one.raw is None else one.raw for one in records]
+    cleaned = any(one.raw is not None for one in records)
     return {
         "image": _beside(image, out),
         "expression": [one.expression for one in records] if many else ref.expression,
+        **({"raw": raws if many else raws[0]} if cleaned else {}),
         "mask": _beside(mask, out) if isinstance(mask, Path) else mask and plain_mask(ref),
         "split": ref.split,
         "height": ref.height,
@@ -182,7 +202,7 @@ def _write_shards(
                 count["refs"] += len(list(by_ref(records)))
                 count["images"] += 1
         writer.finish(reader.categories, made_of(reader, config.data))
-        _copy_notes(config, reader, fresh)
+        _copy_notes(config, reader, fresh.joinpath)
     return counts, left_out
 
 
@@ -197,11 +217,10 @@ def _by_image(records: Iterable[Record], most: int) -> Iterator[list[Record]]:
     yield from waiting.values()
 
 
-def _copy_notes(config: ConvertConfig, reader: Reader, folder: Path) -> None:
+def _copy_notes(config: ConvertConfig, reader: Reader, place: Callable[[str], Path]) -> None:
     """Take along what goes with the data: that it was generated, and its lists of classes."""
-    root = config.data.root
-    places = [root if root.is_dir() else root.parent, reader.source.parent, reader.source.parent.parent]
-    for name in (GENERATED, LISTS):
-        found = next((place / name for place in places if (place / name).is_file()), None)
-        if found is not None and not (folder / name).exists():
-            shutil.copyfile(found, folder / name)
+    found = {GENERATED: generated_note(config.data.root), LISTS: lists_of(reader.source)}
+    for name, path in found.items():
+        if path is not None:
+            with written_whole(place(name)) as fresh:
+                shutil.copyfile(path, fresh)

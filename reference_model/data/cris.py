@@ -31,6 +31,7 @@ class Cris(Reader):
         text: Which form of a sentence is read where there are two; CRIS keeps the cleaned one alone.
         on_error: What a malformed record does: ``stop`` with an InputError, or be left out (``skip``).
             A sentence without words is left out in either case.
+        images: Whether images must be there; False where none will be opened.
 
     Raises:
         InputError: A file is missing or malformed, or a mask's header is.
@@ -44,16 +45,17 @@ class Cris(Reader):
         *,
         text: Text = "sent",
         on_error: OnError = "stop",
+        images: bool = True,
     ) -> None:
         self.root = Path(root)
         name = cris_set(self.root, dataset, split_by)
         if name is None:
             anns = self.root / "anns"
             raise InputError(f"{anns / dataset}: no such folder; {anns} holds {listing(anns)}")
-        super().__init__(self.root / "anns" / name, text=text, on_error=on_error)
+        super().__init__(self.root / "anns" / name, text=text, on_error=on_error, images=images)
         self.categories = dict(COCO)
         self._masks = self.root / "masks" / name
-        self._coco = CocoImages(self.root)
+        self._coco = CocoImages(self.root, needed=images)
         self._folders = Folders()
         self._names: dict[int, str] = {}  # of the images, by their ids
         self._records: dict[str, list[Record]] = {}
@@ -105,9 +107,10 @@ class Cris(Reader):
                 ann_id=ref_id,
                 image_id=image_id,
                 sent_id=sent_id,
+                raw=raw,
                 category_id=_IDS[category],
             )
-            for sent_id, expression in self._sentences(ref, where)
+            for sent_id, expression, raw in self._sentences(ref, where)
         ]
 
     def _image(self, name: str, where: str) -> tuple[Path, int]:
@@ -122,7 +125,7 @@ class Cris(Reader):
             )
         path = self._coco.path(name)
         # Otherwise told for a whole split, and only when that is asked for.
-        if self.on_error == "skip" and (defect := self._folders.defect(path)):
+        if self.images and self.on_error == "skip" and (defect := self._folders.defect(path)):
             raise InputError(f"{where} names {path}, which {defect}; put the image there")
         return path, image_id
 

@@ -23,6 +23,12 @@ LONGEST_CELL = 2**24
 _NAME = re.compile(r"([A-Za-z]\w{0,63})-([0-9]{5})-of-([0-9]{5})(?:-[0-9a-f]+)?\.parquet")
 _COLUMNS = ("ref_id", "ann_id", "image_id", "category_id", "raw_anns", "raw_image_info")
 _SENTENCES = ("sentences", "captions", "sent_ids")
+LARGEST_ROW = 4 * LONGEST_CELL
+"""Bytes of a row, written out, at most."""
+
+MOST_VALUES = 2**26
+"""Values of a column in a row group, at most."""
+
 _ROWS = 64
 # What pyarrow raises on damaged files; its own errors are among these.
 _DAMAGED = (OSError, ValueError, LookupError, TypeError, NotImplementedError, MemoryError, RuntimeError)
@@ -40,16 +46,19 @@ class Hub(Reader):
         text: The form of sentences that is read, cleaned (``sent``) or ``raw``; where it is blank, the other.
         on_error: What a malformed row does: ``stop`` with an InputError, or be left out (``skip``).
             A sentence without words is left out in either case, and a file that cannot be read stops.
+        images: Whether images must be there; False where none will be opened.
 
     Raises:
         InputError: A file is missing or malformed, or pyarrow is not installed.
     """
 
-    def __init__(self, root: str | Path, *, text: Text = "sent", on_error: OnError = "stop") -> None:
+    def __init__(
+        self, root: str | Path, *, text: Text = "sent", on_error: OnError = "stop", images: bool = True
+    ) -> None:
         self.root = Path(root)
-        super().__init__(self.root, text=text, on_error=on_error)
+        super().__init__(self.root, text=text, on_error=on_error, images=images)
         self._files = _by_split(self.root)
-        self._coco = CocoImages(self.root)
+        self._coco = CocoImages(self.root, needed=images)
         self._folders = Folders()
         self.categories = dict(COCO)
         self._bad: set[str] = set()
@@ -111,14 +120,15 @@ class Hub(Reader):
                 ann_id=ann_id,
                 image_id=image_id,
                 sent_id=sent_id,
+                raw=raw,
                 category_id=category_id,
             )
-            for sent_id, expression in self._sentences(_with_sentences(row, where), where)
+            for sent_id, expression, raw in self._sentences(_with_sentences(row, where), where)
         ]
 
     def _image(self, name: str, image_id: int, where: str) -> Path:
         if not plain_path(name):
-            raise InputError(f"{where} has file_name {shown(name)}, not a plain path; {MEND}")
+            raise InputError(f"{where} has file_name {shown(name)}, not a plain path (without ':'); {MEND}")
         if self._names.get(image_id, name) != name:
             raise InputError(
                 f"{where} has image_id {image_id} for {shown(name)}, but it is that of "
@@ -126,7 +136,7 @@ class Hub(Reader):
             )
         path = self._coco.path(name)
         # Otherwise told for a whole split, and only when that is asked for.
-        if self.on_error == "skip" and (defect := self._folders.defect(path)):
+        if self.images and self.on_error == "skip" and (defect := self._folders.defect(path)):
             raise InputError(f"{where} names {path}, which {defect}; put the image there")
         return path
 
@@ -162,9 +172,34 @@ def _by_split(root: Path) -> dict[str, list[Path]]:
     return {refer.get(name, name): [path for _, path in sorted(parts[name].items())] for name in order}
 
 
-def _pyarrow() -> ModuleType:
+def _bounded(batch: Any, path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a batch as plain values, one at a time where all at once would be too large."""
+    if sum(map(_written_out, batch.columns)) <= LARGEST_ROW:
+        yield from batch.to_pylist()
+        return
+    for row in (batch.slice(index, 1) for index in range(len(batch))):
+        if (size := sum(map(_written_out, row.columns))) > LARGEST_ROW:
+            raise InputError(f"{path}: a row has {size} bytes, at most {LARGEST_ROW} are read; {MEND}")
+        yield from row.to_pylist()
+
+
+def _written_out(array: Any) -> int:
+    """Count the bytes of an arrow array once it is written out: shared text as often as it is named."""
+    types = _import("pyarrow.types")
+    if types.is_struct(array.type):
+        return sum(map(_written_out, array.flatten()))
+    if types.is_list(array.type) or types.is_large_list(array.type):
+        return 8 * len(array) + _written_out(array.flatten())
+    if types.is_dictionary(array.type):
+        compute = _import("pyarrow.compute")
+        named = array.indices.drop_null()
+        return int(compute.sum(compute.binary_length(array.dictionary).take(named)).as_py() or 0)
+    return int(array.nbytes)
+
+
+def _import(name: str) -> ModuleType:
     try:
-        return import_module("pyarrow.parquet")
+        return import_module(name)
     except ImportError as error:
         raise InputError("parquet files need pyarrow; pip install 'metris-blocks[data]'") from error
 
@@ -175,7 +210,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         InputError: It is missing, damaged, or lacks a column.
     """
-    parquet = _pyarrow()
+    parquet = _import("pyarrow.parquet")
     if not path.is_file():
         raise InputError(f"{path}: is not a file; fetch it again")
     try:
@@ -187,8 +222,15 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
             if lacking or columns == [*_COLUMNS]:
                 there = f"only {shown(known)}; use the files of jxu124/refcoco, refcocoplus or refcocog"
                 raise InputError(f"{path}: has no column {(lacking or _SENTENCES)[0]!r}, {there}")
-            for batch in file.iter_batches(_ROWS, columns=columns, use_threads=False):
-                yield from batch.to_pylist()
+            # Text that a file holds once and names often stays so, until it is known what it comes to.
+            leaves = [file.schema.column(index) for index in range(len(file.schema))]
+            texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
+        with parquet.ParquetFile(path, read_dictionary=texts) as file:
+            # A row group for itself: text in lists has one dictionary there, as pyarrow wants it.
+            for group in range(file.num_row_groups):
+                options = {"row_groups": [group], "columns": columns, "use_threads": False}
+                for batch in file.iter_batches(_ROWS, **options):
+                    yield from _bounded(batch, path)
     except InputError:
         raise
     except _DAMAGED as error:
@@ -201,7 +243,15 @@ def _refuse_bomb(metadata: Any, path: Path) -> None:
     if metadata.num_rows > size:
         raise InputError(f"{path}: states {metadata.num_rows} rows in {size} bytes; fetch it again")
     for index in range(metadata.num_row_groups):
-        if (unpacked := metadata.row_group(index).total_byte_size) > LARGEST_GROUP:
+        group = metadata.row_group(index)
+        for column in map(group.column, range(group.num_columns)):
+            if column.num_values > MOST_VALUES or column.physical_type in ("FIXED_LEN_BYTE_ARRAY", "INT96"):
+                raise InputError(
+                    f"{path}: column {shown(column.path_in_schema)} of row group {index} has "
+                    f"{column.num_values} values of {column.physical_type}; at most {MOST_VALUES} of plain "
+                    "numbers and texts are read"
+                )
+        if (unpacked := group.total_byte_size) > LARGEST_GROUP:
             raise InputError(
                 f"{path}: row group {index} has {unpacked} bytes, more than the {LARGEST_GROUP} that are "
                 "read; write it with smaller ones"

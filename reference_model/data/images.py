@@ -3,10 +3,12 @@
 import io
 import os
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -28,6 +30,9 @@ IMAGE_FOLDERS = (
 
 FORMATS = frozenset(("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP"))
 """Kinds of pictures that are read; Pillow's others include EPS, which starts another program."""
+
+Overlaps = Literal["union", "exactly_one"]
+"""Whether pixels in several polygons of a target are inside, or background."""
 
 _ORIENTATION_TAG = 0x0112
 _TURNS = {
@@ -109,13 +114,18 @@ def mask_size(path: Path, *, name: str | None = None) -> tuple[int, int]:
         return file.height, file.width
 
 
-def open_mask(path: Path, height: int, width: int) -> np.ndarray:
+def open_mask(path: Path, height: int, width: int, overlaps: Overlaps = "union") -> np.ndarray:
     """Read a mask from a PNG: background where all colours (or the palette's index) are 0.
+
+    CRIS, ETRIS and CGFormer write 255 times the count of polygons, which wraps around: 255 where one polygon
+    is, 254 where two are, 253 where three are. A PNG without 255 has no counts to tell overlaps by: it is
+    read whole, with a warning.
 
     Args:
         path: PNG file of any depth; transparency is not looked at.
         height: Image height, pixels.
         width: Image width, pixels.
+        overlaps: Whether pixels of several polygons are inside (``union``) or background (``exactly_one``).
 
     Returns:
         (height, width) bool.
@@ -132,7 +142,40 @@ def open_mask(path: Path, height: int, width: int) -> np.ndarray:
             )
         values: np.ndarray = np.asarray(file)
         colours = 3 if file.mode in ("RGB", "RGBA") else 1
-    return values != 0 if values.ndim == 2 else (values[..., :colours] != 0).any(axis=2)
+    if values.ndim == 3:
+        values = values[..., :colours].max(axis=2)
+    inside: np.ndarray = values != 0
+    if overlaps == "exactly_one" and inside.any():
+        if (once := values == 255).any():
+            return once
+        warnings.warn(
+            f"{path.parent}: masks without 255 do not tell where polygons overlap, so that all they hold "
+            "is inside; score them by a protocol with the union of polygons",
+            stacklevel=2,
+        )
+    return inside
+
+
+def open_binary(path: Path) -> np.ndarray:
+    """Read a predicted mask from a PNG: 0 outside, one other value inside.
+
+    Returns:
+        (height, width) bool, at the size of the file.
+
+    Raises:
+        InputError: The file is missing, damaged, no PNG, or has more values: they may be probabilities.
+    """
+    with _opened(path, str(path)) as file:
+        _refuse_other_than_png(file, str(path))
+        values: np.ndarray = np.asarray(file)
+        if file.mode in ("LA", "RGB", "RGBA"):
+            values = values[..., : 1 if file.mode == "LA" else 3].max(axis=2)
+    inside = values != 0
+    if inside.any() and (values[inside] != values[inside][0]).any():
+        raise InputError(
+            f"{path}: has more values than 0 and one other; cut probabilities at the model's threshold first"
+        )
+    return inside
 
 
 @contextmanager
@@ -234,20 +277,21 @@ class CocoImages:
 
     Args:
         root: Folder that holds one of ``IMAGE_FOLDERS``, or one of those with val2014 in its name.
+        needed: Whether there must be one; else paths lead into the first that there might be.
 
     Raises:
         InputError: There is none of them.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, needed: bool = True) -> None:
         names = [*IMAGE_FOLDERS, *(usual.replace("train2014", "val2014") for usual in IMAGE_FOLDERS)]
         self._folders = [root / name for name in dict.fromkeys(names) if (root / name).is_dir()]
-        if not self._folders:
+        if not self._folders and needed:
             raise InputError(
                 f"{root}: holds no image folder; put COCO train2014 into {' or '.join(IMAGE_FOLDERS)}"
             )
         self._listed = Folders()
-        self._last = self._folders[0]
+        self._last = self._folders[0] if self._folders else root / IMAGE_FOLDERS[0]
 
     def path(self, name: str) -> Path:
         """Give the path of an image in a folder that has it, or else in the one that had the last image."""

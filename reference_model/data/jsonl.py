@@ -1,14 +1,26 @@
 """Read one's own data: a line of JSON for each object that is referred to."""
 
+import re
 from array import array
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
 from reference_model.data.images import Folders, image_size, mask_size
-from reference_model.data.plain import listing, plain_field, plain_json, plain_list, plain_path, shown
+from reference_model.data.plain import (
+    MEND,
+    listing,
+    note_of,
+    plain_field,
+    plain_json,
+    plain_list,
+    plain_path,
+    read_plain_json,
+    shown,
+)
 from reference_model.data.reader import OnError, Reader, Text, checked_expression, split_of
 from reference_model.data.records import LONGEST_SIDE, Record, segmentation_defect
+from reference_model.data.splits import CATEGORIES
 from reference_model.files import InputError
 
 LONGEST_LINE = 16 * 2**20
@@ -56,18 +68,22 @@ class Jsonl(Reader):
         path: The file.
         text: Whether ``expression`` is read (``sent``), or ``raw`` where a line has it.
         on_error: What a malformed line does: ``stop`` with an InputError, or be left out (``skip``).
+        images: Whether images must be there; False where none will be opened.
 
     Raises:
         InputError: The file is missing, or a line is malformed.
     """
 
-    def __init__(self, path: str | Path, *, text: Text = "sent", on_error: OnError = "stop") -> None:
-        super().__init__(Path(path), text=text, on_error=on_error)
+    def __init__(
+        self, path: str | Path, *, text: Text = "sent", on_error: OnError = "stop", images: bool = True
+    ) -> None:
+        super().__init__(Path(path), text=text, on_error=on_error, images=images)
         self.root = self.source.parent
         self._images: dict[str, _Image] = {}
         self._names: dict[int, str] = {}  # of the images, by their ids
         self._folders = Folders()
         self._lines: dict[str, _Lines] = {}
+        self.categories = _names(note_of(self.source, CATEGORIES))
         with self._open() as file:
             for number, offset, line in self._numbered(file):
                 try:
@@ -120,7 +136,7 @@ class Jsonl(Reader):
             raise InputError(f"{where} has more than {LONGEST_LINE} bytes; write its mask as a PNG file")
         entry = plain_json(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, where, "line")
         name = str(PurePosixPath(plain_field(entry, "image", str, where)))
-        sentences = self._expressions(entry, where)
+        sentences, raws = self._expressions(entry, where)
         sent_ids = _ids(entry, "sent_id", where, [1000 * number + k for k in range(len(sentences))])
         if len(sent_ids) != len(sentences):
             raise InputError(
@@ -149,14 +165,27 @@ class Jsonl(Reader):
                 ann_id=ann_id,
                 image_id=image.id,
                 sent_id=sent_id,
+                raw=raw,
                 category_id=category_id,
             )
-            for expression, sent_id in zip(sentences, sent_ids, strict=True)
+            for expression, raw, sent_id in zip(sentences, raws, sent_ids, strict=True)
         ]
 
-    def _expressions(self, entry: dict[str, Any], where: str) -> list[str]:
-        """Take the sentences in the form asked for; raises where one has no words."""
-        key = "raw" if self.text == "raw" and "raw" in entry else "expression"
+    def _expressions(self, entry: dict[str, Any], where: str) -> tuple[list[str], list[str | None]]:
+        """Take the sentences in the form asked for, and what `Record.raw` keeps of each."""
+        if "raw" not in entry:
+            sentences = self._texts(entry, "expression", where)
+            return sentences, [None] * len(sentences)
+        if self.text == "raw":
+            sentences = self._texts(entry, "raw", where)
+            return sentences, [None] * len(sentences)
+        sentences, raws = (self._texts(entry, key, where) for key in ("expression", "raw"))
+        if len(sentences) != len(raws):
+            raise InputError(f"{where} has {len(raws)} 'raw' for {len(sentences)} sentences; mend them")
+        return sentences, [raw if raw != one else None for one, raw in zip(sentences, raws, strict=True)]
+
+    def _texts(self, entry: dict[str, Any], key: str, where: str) -> list[str]:
+        """Take a sentence or a list of them; raises where one has no words."""
         found = [entry[key]] if type(entry.get(key)) is str else plain_list(entry, key, str, where)
         if not 1 <= len(found) <= MOST_SENTENCES:
             raise InputError(f"{where} has {len(found)} sentences, expected 1 to {MOST_SENTENCES}; mend it")
@@ -168,14 +197,15 @@ class Jsonl(Reader):
     def _image(self, entry: dict[str, Any], name: str, number: int, where: str) -> _Image:
         """Find an image with its id and size; what a line leaves out is as the first that named it had it."""
         known = self._images.get(name)
-        path = known.path if known else self._file(name, "image", where)
+        sized = "height" in entry or "width" in entry
+        path = known.path if known else self._file(name, "image", where, needed=self.images or not sized)
         id = known.id if known else number
         if "image_id" in entry:
             id = plain_field(entry, "image_id", int, where)
         if self._names.get(id, name) != name:
             taken = f"that of {shown(self._names[id])}"
             raise InputError(f"{where}: image_id {id} of {shown(name)} is {taken}; give each image its own")
-        if "height" in entry or "width" in entry:
+        if sized:
             size = plain_field(entry, "height", int, where), plain_field(entry, "width", int, where)
         else:
             size = (known.height, known.width) if known else image_size(path, name=f"{where}: {path}")
@@ -207,17 +237,28 @@ class Jsonl(Reader):
             raise InputError(f"{where}: 'mask': {defect}; mend that line")
         return mask
 
-    def _file(self, name: str, what: str, where: str) -> Path:
+    def _file(self, name: str, what: str, where: str, *, needed: bool = True) -> Path:
         """Find a file that a line names below the folder of this file."""
         if not plain_path(name):
             raise InputError(
-                f"{where} has {what!r} = {shown(name)}, expected a path below {self.root} without '..'; "
-                "move the files there, or link their folder"
+                f"{where} has {what!r} = {shown(name)}, expected a path below {self.root} without '..', ':' "
+                "or '\\\\'; move or rename the files, or link their folder"
             )
         path = self.root / name
-        if defect := self._folders.defect(path):
+        if needed and (defect := self._folders.defect(path)):
             raise InputError(f"{where} names {path}, which {defect}; put the {what} itself there")
         return path
+
+
+def _names(path: Path) -> dict[int, str]:
+    """Read the names of the categories that conversion keeps beside a file."""
+    if not path.is_file():
+        return {}
+    found = read_plain_json(path)
+    fits = type(found) is dict and all(re.fullmatch(r"-?\d{1,18}", id) for id in found)
+    if not (fits and {type(name) for name in found.values()} <= {str}):
+        raise InputError(f"{path}: holds {shown(found)}, expected {{id: name}}; {MEND}")
+    return {int(id): name for id, name in found.items()}
 
 
 def _polygons(boxes: list[list[Any]], where: str) -> list[list[float]]:

@@ -17,17 +17,21 @@ from reference_model.files import InputError
 _REF_ZOM = ("ref-zom", "refzom")
 
 
-def read(config: DataConfig) -> Reader:
+def read(config: DataConfig, *, images: bool = True) -> Reader:
     """Read a data set of any known layout whole, but for shards, which are read as they are asked for.
+
+    Args:
+        config: Where it is, and how it is read.
+        images: Whether images will be opened. If not, those of other layouts than shards need not be there.
 
     Raises:
         InputError: There is nothing known; a file is missing or malformed, or an entry contradicts another
             one.
     """
     root, dataset = Path(config.root), config.dataset
-    options: dict[str, Any] = {"text": config.text, "on_error": config.on_error}
+    options: dict[str, Any] = {"text": config.text, "on_error": config.on_error, "images": images}
     if str(root).startswith(("http:/", "https:/")):
-        return Shards(root, on_error=config.on_error)
+        return Shards(root, text=config.text, on_error=config.on_error)
     if root.is_file():
         if root.suffix.lower() not in (".jsonl", ".ndjson"):
             raise InputError(f"{root}: is a {root.suffix or 'plain'} file; give a .jsonl file or a folder")
@@ -42,7 +46,7 @@ def read(config: DataConfig) -> Reader:
     if parquet_files(root):
         return Hub(root, **options)
     if any(root.glob("*-*.tar")):
-        return Shards(root, on_error=config.on_error)
+        return Shards(root, text=config.text, on_error=config.on_error)
     if folder.is_dir():
         return _refer(folder)(root, folder.name, config.split_by, **options)
     _refuse(root, folder)

@@ -20,7 +20,7 @@ MOST_BYTES = 2**30
 
 LONGEST_PATH = 1000
 
-# What no path needs: separators of other systems, line ends and other controls, halves of characters.
+# What no portable path has: separators and drives of other systems, controls, halves of characters.
 _BARRED = re.compile(r"[\\:\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 # What garbage makes the unpickler raise, besides UnpicklingError; found by fuzzing.
@@ -97,6 +97,11 @@ def shown(value: object) -> str:
         return reprlib.repr(value)
     except ValueError:  # an integer beyond Python's limit of printed digits
         return f"a huge {type(value).__name__}"
+
+
+def printable(text: str) -> str:
+    """Write out what a terminal would act on: line ends, escape sequences, turns of direction."""
+    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in text)
 
 
 def one_line(error: BaseException) -> str:
@@ -239,3 +244,14 @@ def plain_path(name: str) -> bool:
     parts = PurePosixPath(name).parts
     below = bool(parts) and parts[0] != "/" and ".." not in parts
     return below and len(name) <= LONGEST_PATH and not _BARRED.search(name)
+
+
+def note_of(file: Path, name: str) -> Path:
+    """Name a file that goes with a file of one's own: NAME.generated.json with NAME.jsonl."""
+    return file.with_name(f"{file.stem}.{name}")
+
+
+def note_beside(place: Path, name: str) -> Path | None:
+    """Find a note such as generated.json: in a folder; with a file, the file's own, or that of its folder."""
+    paths = [place / name] if place.is_dir() else [note_of(place, name), place.parent / name]
+    return next((path for path in paths if path.is_file()), None)

@@ -30,6 +30,7 @@ class Reader(ABC):
         source: The file or folder that lists the records.
         text: The form of sentences that is read, cleaned (``sent``) or ``raw``; where it is blank, the other.
         on_error: What a malformed record does: ``stop`` with an InputError, or be left out (``skip``).
+        images: Whether images must be there; False where none will be opened.
     """
 
     source: Path
@@ -43,10 +44,13 @@ class Reader(ABC):
     streamed: ClassVar[bool] = False
     """Records hold their images, and only `stream` gives them."""
 
-    def __init__(self, source: Path, *, text: Text = "sent", on_error: OnError = "stop") -> None:
+    def __init__(
+        self, source: Path, *, text: Text = "sent", on_error: OnError = "stop", images: bool = True
+    ) -> None:
         self.source = source
         self.text = text
         self.on_error = on_error
+        self.images = images
         self.splits = {}
         self.categories = {}
         self.skipped = []
@@ -108,31 +112,35 @@ class Reader(ABC):
             warnings.warn(f"{self.skipped[0]}; {len(self.skipped)} such left out", stacklevel=4)
         self._told = True
 
-    def _sentences(self, ref: dict[str, Any], where: str) -> Iterator[tuple[int, str]]:
-        """Yield number and text of each sentence of a ref that has words."""
+    def _sentences(self, ref: dict[str, Any], where: str) -> Iterator[tuple[int, str, str | None]]:
+        """Yield number, text and what `Record.raw` keeps of each sentence of a ref that has words."""
         for number, sentence in enumerate(plain_field(ref, "sentences", list, where)):
             spot = f"{where} sentences[{number}]"
             try:
                 sent_id = plain_field(sentence, "sent_id", int, spot)
-                expression = self._expression(sentence, spot)
+                expression, raw = self._expression(sentence, spot)
             except InputError as error:
                 self._leave_out(error)
                 continue
             if expression:
-                yield sent_id, expression
+                yield sent_id, expression, raw
             else:  # published files have such
                 self._note(f"{spot} has no words")
 
-    def _expression(self, sentence: dict[str, Any], where: str) -> str:
+    def _expression(self, sentence: dict[str, Any], where: str) -> tuple[str, str | None]:
         """Take a sentence in the form asked for, or in the other one where that is absent or blank."""
         keys = ("raw", "sent") if self.text == "raw" else ("sent", "raw")
         texts = [plain_field(sentence, key, str, where) for key in keys if key in sentence]
         if not texts:
             raise InputError(f"{where} has neither 'sent' nor 'raw', only {shown(list(sentence))}; {MEND}")
-        return checked_expression(next(filter(str.strip, texts), ""), where)
+        texts = [text for text in (checked_expression(text, where) for text in texts) if text]
+        expression = texts[0] if texts else ""
+        return expression, texts[1] if self.text == "sent" and texts[1:] not in ([], texts[:1]) else None
 
     def _refuse_missing(self, split: str, images: Iterable[Path | bytes]) -> None:
         """Refuse a split some of whose images cannot be read; says how many."""
+        if not self.images:
+            return
         paths = sorted({image for image in images if isinstance(image, Path)})
         folders = Folders()
         defects = {path: defect for path in paths if (defect := folders.defect(path))}

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from reference_model.data.images import open_mask
+from reference_model.data.images import Overlaps, open_mask
 from reference_model.data.plain import shown
 from reference_model.files import InputError
 
@@ -15,8 +15,6 @@ LONGEST_SIDE = 20_000
 MOST_PIXELS = 89_478_485  # Pillow's own limit
 MOST_POINTS = 100_000
 LONGEST_OUTLINE = 2_000_000  # pixels; pycocotools takes 80 bytes for each
-
-Overlaps = Literal["union", "exactly_one"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +55,9 @@ class Record:
     category_id: int | tuple[int, ...]
     """COCO category of the object, 1 to 90, or 0 where it is not known; in gRefCOCO those of the objects."""
 
+    raw: str | None = None
+    """The sentence before it was cleaned, where the cleaned one is read and this form of it differs."""
+
     @property
     def no_target(self) -> bool:
         """Whether the sentence refers to nothing in the image, so that its mask is empty."""
@@ -68,9 +69,9 @@ class Record:
         return f"image {self.image_id}" if isinstance(self.image, bytes) else str(self.image)
 
     def mask(self, overlaps: Overlaps = "union") -> np.ndarray:
-        """(height, width) bool, True inside what it refers to; see :func:`segmentation_mask`."""
+        """(height, width) bool, True inside what it refers to; see `segmentation_mask`, `open_mask`."""
         if isinstance(self.segmentation, Path):
-            return open_mask(self.segmentation, self.height, self.width)
+            return open_mask(self.segmentation, self.height, self.width, overlaps)
         owner = f"{self.image_name}: annotation {self.ann_id}"
         return segmentation_mask(self.segmentation, self.height, self.width, owner=owner, overlaps=overlaps)
 

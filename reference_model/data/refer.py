@@ -38,6 +38,7 @@ class Refer(Reader):
         text: The form of sentences that is read, cleaned (``sent``) or ``raw``; where it is blank, the other.
         on_error: What a malformed record does: ``stop`` with an InputError, or be left out (``skip``).
             A sentence without words is left out in either case.
+        images: Whether images must be there; False where none will be opened.
 
     Raises:
         InputError: A file is missing or malformed, or an entry contradicts another one.
@@ -54,10 +55,14 @@ class Refer(Reader):
         *,
         text: Text = "sent",
         on_error: OnError = "stop",
+        images: bool = True,
     ) -> None:
         self.root = Path(root)
         super().__init__(
-            _refs_file(self.root, dataset, split_by, self.refs_names), text=text, on_error=on_error
+            _refs_file(self.root, dataset, split_by, self.refs_names),
+            text=text,
+            on_error=on_error,
+            images=images,
         )
         self.instances_file = self.root / dataset / "instances.json"
         refs = (read_plain_json if self.source.suffix == ".json" else read_plain_pickle)(self.source)
@@ -122,12 +127,12 @@ class Refer(Reader):
         name = plain_field(image, "file_name", str, where)
         if not plain_path(name):
             raise InputError(
-                f"{where} has file_name {shown(name)}, not a plain path inside the image folder; {MEND}"
+                f"{where} has file_name {shown(name)}, not a plain path in the images (without ':'); {MEND}"
             )
         return name, height, width
 
     def _read_refs(self, refs: list[Any]) -> None:
-        images = CocoImages(self.root)
+        images = CocoImages(self.root, needed=self.images)
         self._paths = {id: images.path(name) for id, (name, _, _) in self._images.items()}
         self._folders = Folders()
         for index, ref in enumerate(refs):
@@ -152,7 +157,7 @@ class Refer(Reader):
         _, height, width = self._images[image_id]
         path = self._paths[image_id]
         # Otherwise told for a whole split, and only when that is asked for.
-        if self.on_error == "skip" and (defect := self._folders.defect(path)):
+        if self.images and self.on_error == "skip" and (defect := self._folders.defect(path)):
             raise InputError(f"{where} names {path}, which {defect}; put the image there")
         return [
             Record(
@@ -164,9 +169,10 @@ class Refer(Reader):
                 ref_id=ref_id,
                 image_id=image_id,
                 sent_id=sent_id,
+                raw=raw,
                 **target._asdict(),
             )
-            for sent_id, expression in self._sentences(ref, where)
+            for sent_id, expression, raw in self._sentences(ref, where)
         ]
 
     def _target(self, ref: dict[str, Any], image_id: int, where: str) -> Target:

@@ -7,10 +7,11 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from http.client import HTTPException
 from importlib import import_module
 from itertools import groupby, islice
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, NoneType
 from typing import Any, BinaryIO, ClassVar, NamedTuple
 from urllib.request import urlopen
 
@@ -18,7 +19,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from reference_model.data.plain import MEND, listing, one_line, plain_field, plain_list, shown
-from reference_model.data.reader import OnError, Reader, checked_expression
+from reference_model.data.reader import OnError, Reader, Text
 from reference_model.data.records import Record, segmentation_defect
 from reference_model.files import InputError
 
@@ -31,7 +32,7 @@ _NAME = re.compile(r"([A-Za-z0-9_+-]{1,64})-\d{6,}\.tar")
 _URL = re.compile(r"(https?):/{1,2}([^/].*)")
 _BLOCK, _TAIL = 512, 10_240  # tar pads members to blocks, and a whole file to 20 of them
 # What a damaged tar or connection raises; found by fuzzing.
-_DAMAGED = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, RecursionError)
+_DAMAGED = (tarfile.TarError, HTTPException, OSError, EOFError, ValueError, OverflowError, RecursionError)
 
 
 class Shard(NamedTuple):
@@ -67,6 +68,7 @@ class Shards(Reader):
 
     Args:
         root: Folder, or http(s) address of one.
+        text: The form of sentences that is read, cleaned (``sent``) or ``raw``; where it is blank, the other.
         on_error: "stop" at the first malformed sample, or "skip" and count it.
 
     Raises:
@@ -75,8 +77,8 @@ class Shards(Reader):
 
     streamed: ClassVar[bool] = True
 
-    def __init__(self, root: str | Path, on_error: OnError = "stop") -> None:
-        super().__init__(Path(root) / INDEX, on_error=on_error)
+    def __init__(self, root: str | Path, *, text: Text = "sent", on_error: OnError = "stop") -> None:
+        super().__init__(Path(root) / INDEX, text=text, on_error=on_error)
         self.root = _place(root)
         index = self._index()
         where = str(self.source)
@@ -94,6 +96,14 @@ class Shards(Reader):
             raise InputError(f"{where} has categories {shown(names)}, expected {{id: name}}; {MEND}")
         self.categories = {int(id): name for id, name in names.items()}
         self.made_of = plain_field(index, "made_of", dict, where)
+        for key, kinds in (
+            ("dataset", (str, NoneType)),
+            ("split_by", (str, NoneType)),
+            ("generated", (bool,)),
+        ):
+            if key in self.made_of and type(self.made_of[key]) not in kinds:
+                raise InputError(f"{where} has made_of {shown(self.made_of)}, with another {key!r}; {MEND}")
+        self.made_of = {"dataset": None, "split_by": None, "generated": False} | self.made_of
         """The config's dataset and split_by of what was converted, and whether it was generated."""
 
     def records(self, split: str) -> list[Record]:
@@ -144,10 +154,51 @@ class Shards(Reader):
 
     def _sound(self, sample: dict[str, Any], shard: Shard, images: bool) -> list[Record]:
         try:
-            return _records(sample, shard.split, images)
+            return self._of_sample(sample, shard.split, images)
         except InputError as error:
             self._leave_out(error)
             return []
+
+    def _of_sample(self, sample: dict[str, Any], split: str, images: bool) -> list[Record]:
+        where = f"{sample['__url__']}: sample {shown(sample['__key__'])}"
+        parts = {suffix: part for suffix, part in sample.items() if not suffix.startswith("__")}
+        if "json" not in parts or len(parts) != 1 + images:
+            wanted = "'json' and one image" if images else "'json'"
+            raise InputError(f"{where} holds {shown(list(parts))}, expected {wanted}; {MEND}")
+        try:
+            entry = json.loads(parts.pop("json"))
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where}: its JSON is malformed ({one_line(error)}); {MEND}") from error
+        image = next(iter(parts.values()), b"")
+        image_id, height, width = (
+            plain_field(entry, key, int, where) for key in ("image_id", "height", "width")
+        )
+        records = []
+        for number, ref in enumerate(plain_field(entry, "refs", list, where)):
+            spot = f"{where} refs[{number}]"
+            ref_id = plain_field(ref, "ref_id", int, spot)
+            ann_id, category_id = (_ids(ref, key, spot) for key in ("ann_id", "category_id"))
+            segmentation = _segmentation(ref, height, width, spot)
+            for sentence in plain_field(ref, "sentences", list, spot):
+                sent_id = plain_field(sentence, "sent_id", int, spot)
+                expression, raw = self._expression(sentence, spot)
+                records.append(
+                    Record(
+                        image=image,
+                        height=height,
+                        width=width,
+                        expression=expression,
+                        segmentation=segmentation,
+                        split=split,
+                        ref_id=ref_id,
+                        ann_id=ann_id,
+                        image_id=image_id,
+                        sent_id=sent_id,
+                        raw=raw,
+                        category_id=category_id,
+                    )
+                )
+        return records
 
     def _leave_out(self, error: InputError) -> None:
         super()._leave_out(error)
@@ -289,12 +340,18 @@ def ref_entry(records: Sequence[Record]) -> dict[str, Any]:
     ref = records[0]
     entry = {key: plain_ids(getattr(ref, key)) for key in ("ref_id", "ann_id", "category_id")}
     entry["mask"] = None if ref.no_target else plain_mask(ref)
-    entry["sentences"] = [{"sent_id": one.sent_id, "sent": one.expression} for one in records]
+    entry["sentences"] = [
+        {"sent_id": one.sent_id, "sent": one.expression} | ({} if one.raw is None else {"raw": one.raw})
+        for one in records
+    ]
     return entry
 
 
 def plain_mask(record: Record) -> Any:
-    """Give a record's segmentation as polygons or compressed run lengths, ready for JSON."""
+    """Give a record's segmentation as polygons or compressed run lengths, ready for JSON.
+
+    Of a PNG's polygons the union is left; a .jsonl names the PNG itself, for protocols that heed overlaps.
+    """
     found = record.segmentation
     if isinstance(found, Path):
         found = coco_mask.encode(np.asfortranarray(record.mask().astype(np.uint8)))
@@ -327,11 +384,21 @@ def _place(root: str | Path) -> Path | str:
 
 def _members(stream: BinaryIO, where: str, images: bool) -> Iterator[dict[str, Any]]:
     """Yield name and content of each regular file of a plain tar, as webdataset groups them."""
+    key, parts = "", 0
     with tarfile.open(fileobj=stream, mode="r|") as archive:
         for member in archive:
             archive.members = []  # as in ShardWriter.write
+            if member.issparse():  # a few bytes could state any size
+                raise InputError(f"{where}: member {shown(member.name)} is sparse; write the shard anew")
             if not member.isreg() or not (images or member.name.endswith(".json")):
                 continue
+            before, key = key, webdataset().tariterators.base_plus_ext(member.name)[0] or ""
+            parts = parts + 1 if key == before else 1
+            if key and parts > 2:  # all of a sample lies in memory
+                raise InputError(
+                    f"{where}: sample {shown(key)} has a third member {shown(member.name)}, expected .json "
+                    "and one image; write the shard anew"
+                )
             if member.size > LARGEST_MEMBER:
                 raise InputError(
                     f"{where}: member {shown(member.name)} has {member.size} bytes, at most {LARGEST_MEMBER} "
@@ -339,43 +406,6 @@ def _members(stream: BinaryIO, where: str, images: bool) -> Iterator[dict[str, A
                 )
             content = archive.extractfile(member)
             yield {"fname": member.name, "data": content.read() if content else b"", "__url__": where}
-
-
-def _records(sample: dict[str, Any], split: str, images: bool) -> list[Record]:
-    where = f"{sample['__url__']}: sample {shown(sample['__key__'])}"
-    parts = {suffix: part for suffix, part in sample.items() if not suffix.startswith("__")}
-    if "json" not in parts or len(parts) != 1 + images:
-        wanted = "'json' and one image" if images else "'json'"
-        raise InputError(f"{where} holds {shown(list(parts))}, expected {wanted}; {MEND}")
-    try:
-        entry = json.loads(parts.pop("json"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: its JSON is malformed ({one_line(error)}); {MEND}") from error
-    image = next(iter(parts.values()), b"")
-    image_id, height, width = (plain_field(entry, key, int, where) for key in ("image_id", "height", "width"))
-    records = []
-    for number, ref in enumerate(plain_field(entry, "refs", list, where)):
-        spot = f"{where} refs[{number}]"
-        ref_id = plain_field(ref, "ref_id", int, spot)
-        ann_id, category_id = (_ids(ref, key, spot) for key in ("ann_id", "category_id"))
-        segmentation = _segmentation(ref, height, width, spot)
-        for sentence in plain_field(ref, "sentences", list, spot):
-            records.append(
-                Record(
-                    image=image,
-                    height=height,
-                    width=width,
-                    expression=checked_expression(plain_field(sentence, "sent", str, spot), spot),
-                    segmentation=segmentation,
-                    split=split,
-                    ref_id=ref_id,
-                    ann_id=ann_id,
-                    image_id=image_id,
-                    sent_id=plain_field(sentence, "sent_id", int, spot),
-                    category_id=category_id,
-                )
-            )
-    return records
 
 
 def _segmentation(ref: dict[str, Any], height: int, width: int, where: str) -> Any:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from reference_model.data.plain import plain_list, read_plain_json
+from reference_model.data.plain import note_beside, plain_list, read_plain_json, shown
 from reference_model.files import InputError
 
 SEEN = (
@@ -37,7 +37,11 @@ COCO = {
 """COCO's 80 categories: id -> name."""
 
 LISTS = "classes.json"
-"""A file of this name beside the annotations, ``{"seen": [ids], "unseen": [ids]}``, replaces COCO's lists."""
+"""A file of this name beside the annotations, ``{"seen": [ids], "unseen": [ids]}``, replaces COCO's lists;
+NAME.classes.json those of NAME.jsonl alone."""
+
+CATEGORIES = "categories.json"
+"""NAME.categories.json, ``{"id": name}``, holds the names of the categories of NAME.jsonl."""
 
 
 class Part(NamedTuple):
@@ -72,7 +76,7 @@ def seen_and_unseen(source: Path, categories: Mapping[int, str]) -> dict[bool, f
         InputError: The categories are not COCO's, and there is no `LISTS` file beside the source.
     """
     folder = source if source.is_dir() else source.parent
-    lists = next((place / LISTS for place in (folder, folder.parent) if (place / LISTS).is_file()), None)
+    lists = lists_of(source)
     if lists is not None:
         found = read_plain_json(lists)
         seen, unseen = (frozenset(plain_list(found, key, int, str(lists))) for key in ("seen", "unseen"))
@@ -80,9 +84,15 @@ def seen_and_unseen(source: Path, categories: Mapping[int, str]) -> dict[bool, f
             raise InputError(f"{lists}: category {min(seen & unseen)} is both seen and unseen; mend the file")
         return {True: seen, False: unseen}
     for id, name in categories.items():
-        if UNSEEN.get(id, name) != name:
+        if COCO.get(id, name) != name:
             raise InputError(
-                f"{source}: category {id} is {name!r}, not COCO's {UNSEEN[id]!r}, so its lists do not fit; "
+                f"{source}: category {id} is {shown(name)}, not COCO's {COCO[id]!r}: its lists do not fit; "
                 f'write {folder / LISTS} with {{"seen": [ids], "unseen": [ids]}}'
             )
     return {True: frozenset(SEEN), False: frozenset(UNSEEN)}
+
+
+def lists_of(source: Path) -> Path | None:
+    """Find the `LISTS` file of what lists the records: its own, that of its folder or of the one above."""
+    folder = source if source.is_dir() else source.parent
+    return note_beside(source, LISTS) or note_beside(folder.parent, LISTS)

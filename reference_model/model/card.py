@@ -148,8 +148,13 @@ def _score_table(metrics: dict[str, Any]) -> str:
     names = list(dict.fromkeys(n for *_, scores in found for n, v in scores.items() if _is_number(v)))
     value = lambda v: f"{100 * v:.2f}" if isinstance(v, float) else _shown(v)
     rows = [[split, who, *(value(scores.get(n, "")) for n in names)] for split, who, scores in found]
-    told = [scores["evaluation"] for *_, scores in found if "evaluation" in scores]
-    sets = {f"`{said['dataset']}`, protocol `{said['protocol']}`" for said in told}
+    sets: dict[str, str] = {}
+    for split, _, scores in found:
+        if said := scores.get("evaluation"):
+            name = f"`{said['dataset']}`, protocol `{said['protocol']}`"
+            sets[name] = f"{sets[name]}, {split}" if name in sets else split
+    if len(sets) > 1:  # splits of several evaluations stand in one table
+        sets = {f"{splits} of {name}": splits for name, splits in sets.items()}
     note = (
         f"Per cent, as `metris evaluate` wrote them: {' and '.join(sorted(sets)) or 'of a set not named'}.\n"
         "Predictions other than METRIS never read the sentence.\n\n"

@@ -22,6 +22,8 @@ class Answer(NamedTuple):
     """Whether floating-point numbers are logits."""
     no_target: float | None
     """Probability that nothing in the image is meant, 0 to 1; None from a model without that classifier."""
+    threshold: float | None = None
+    """Of a bool mask, the probability above which pixels are inside, where that is known."""
 
 
 class Resized(NamedTuple):

@@ -1,14 +1,16 @@
 """What a score is worth: predictions that never read the sentence."""
 
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from reference_model.data.reader import Reader
+from reference_model.data.reader import OnError, Reader
 from reference_model.data.records import Record, segmentation_mask
 from reference_model.data.transforms import resize_mask
-from reference_model.scoring.evaluator import ImageGroups, Scores, truth_of
+from reference_model.files import InputError
+from reference_model.scoring.evaluator import Scored, Scores
 from reference_model.scoring.metrics import SegmentationMetrics
 from reference_model.scoring.protocols import Protocol
 
@@ -21,7 +23,9 @@ def evenly(records: Iterable[Record], count: int) -> list[Record]:
     return [record for index, record in enumerate(records) if index in picked]
 
 
-def mean_mask_baseline(train_records: Sequence[Record], size: int) -> np.ndarray:
+def mean_mask_baseline(
+    train_records: Sequence[Record], size: int, *, on_error: OnError = "stop"
+) -> np.ndarray:
     """Find the one mask that fits all training masks best.
 
     It holds the pixels where the mean training mask is at least t, with the t of highest mIoU on the
@@ -30,17 +34,30 @@ def mean_mask_baseline(train_records: Sequence[Record], size: int) -> np.ndarray
     Args:
         train_records: Records of the training split, or of them what `evenly` picks.
         size: Side of the square grid, pixels.
+        on_error: What a mask that cannot be read does: ``stop``, or be left out with a warning (``skip``).
 
     Returns:
         (size, size) bool.
 
     Raises:
+        InputError: A mask cannot be read, or under ``skip`` none can.
         ValueError: There are no records.
     """
     if not train_records:
         raise ValueError("mean_mask_baseline: train_records is empty")
     # 8 pixels a byte: 2000 masks of 480 x 480 take 58 MB.
-    masks = [np.packbits(resize_mask(record.mask(), size, size)) for record in train_records]
+    masks, first = [], None
+    for record in train_records:
+        try:
+            masks.append(np.packbits(resize_mask(record.mask(), size, size)))
+        except InputError as error:
+            if on_error == "stop":
+                raise
+            first = first or error
+    if first is not None:
+        warnings.warn(f"{first}; left out of the mean training mask", stacklevel=2)
+        if not masks:
+            raise first
     unpacked = lambda mask: np.unpackbits(mask, count=size * size)
     total = np.zeros(size * size, dtype=np.int64)
     for mask in masks:
@@ -58,13 +75,16 @@ def mean_mask_baseline(train_records: Sequence[Record], size: int) -> np.ndarray
     return (total >= level[np.argmax(iou_sum)]).reshape(size, size)
 
 
-def largest_object(annotations: Sequence[dict[str, Any]], height: int, width: int) -> np.ndarray:
+def largest_object(
+    annotations: Sequence[dict[str, Any]], height: int, width: int, *, on_error: OnError = "stop"
+) -> np.ndarray:
     """Take the object of an image that covers most pixels; crowds (``iscrowd``) are not one object.
 
     Args:
         annotations: COCO annotations of the image, from ``Refer.annotations``.
         height: Image height, pixels.
         width: Image width, pixels.
+        on_error: What a malformed annotation does: ``stop``, or be left out with a warning (``skip``).
 
     Returns:
         (height, width) bool; all False where the image has no object.
@@ -72,28 +92,52 @@ def largest_object(annotations: Sequence[dict[str, Any]], height: int, width: in
     Raises:
         InputError: A segmentation is malformed.
     """
-    masks = [
-        segmentation_mask(
-            annotation.get("segmentation"), height, width, owner=f"annotation {annotation.get('id')}"
-        )
-        for annotation in annotations
-        if not annotation.get("iscrowd")
-    ]
-    return max(masks, key=np.count_nonzero, default=np.zeros((height, width), dtype=bool))
+    largest, most = np.zeros((height, width), dtype=bool), 0
+    for annotation in annotations:
+        if annotation.get("iscrowd"):
+            continue
+        owner = f"annotation {annotation.get('id')}"
+        try:
+            mask = segmentation_mask(annotation.get("segmentation"), height, width, owner=owner)
+        except InputError as error:
+            if on_error == "stop":
+                raise
+            warnings.warn(f"{error}; left out of the largest objects", stacklevel=2)
+            continue
+        if (area := np.count_nonzero(mask)) > most:
+            largest, most = mask, area
+    return largest
 
 
-def score_baselines(
-    reader: Reader, records: Iterable[Record], mean_mask: np.ndarray, protocol: Protocol
-) -> dict[str, Scores]:
-    """Score the mean training mask and, where objects are annotated, the largest of the image."""
-    by_mean, by_size = SegmentationMetrics(protocol), SegmentationMetrics(protocol)
-    annotated = False
-    for record in (record for group in ImageGroups(records, protocol) for record in group):
-        truth, annotations = truth_of(record, protocol), reader.annotations(record.image_id)
-        annotated |= bool(annotations)
-        largest = largest_object(annotations, record.height, record.width)
-        for metrics, guess in ((by_mean, mean_mask), (by_size, largest)):
+class Baselines:
+    """Scores of the mean training mask and, where objects are annotated, of the largest of each image.
+
+    Args:
+        reader: Knows the annotations.
+        mean_mask: (h, w) bool, of `mean_mask_baseline`.
+        protocol: How masks are compared.
+    """
+
+    def __init__(self, reader: Reader, mean_mask: np.ndarray, protocol: Protocol) -> None:
+        self.reader, self.mean_mask = reader, mean_mask
+        self._by_mean, self._by_size = SegmentationMetrics(protocol), SegmentationMetrics(protocol)
+        self._annotated = False
+        self._image: int | None = None
+
+    def add(self, scored: Scored) -> None:
+        """Add a sentence that the model was scored on, so that all stand on the same ones."""
+        record, truth = scored.record, scored.truth
+        if record.image_id != self._image:  # sentences of an image come together
+            self._image, annotations = record.image_id, self.reader.annotations(record.image_id)
+            self._annotated |= bool(annotations)
+            self._largest = largest_object(
+                annotations, record.height, record.width, on_error=self.reader.on_error
+            )
+        for metrics, guess in ((self._by_mean, self.mean_mask), (self._by_size, self._largest)):
             here = guess if guess.shape == truth.shape else resize_mask(guess, *truth.shape)
             metrics.update(here, truth, target=not record.no_target)
-    found = {"mean training mask": by_mean.compute()}
-    return found | {"largest object": by_size.compute()} if annotated else found
+
+    def scores(self) -> dict[str, Scores]:
+        """Give the scores of each."""
+        found = {"mean training mask": self._by_mean.compute()}
+        return found | {"largest object": self._by_size.compute()} if self._annotated else found

@@ -21,6 +21,10 @@ _SHOWN = 5
 class _Result(NamedTuple):
     image_id: int
     protocol: str
+    sentences: str | None
+    """Which of an object's were scored; None in files of old."""
+    threshold: float | None
+    """Of the mask; None where it was given as one."""
     size: list[int]
     """Height and width of the mask, pixels."""
     expression: str
@@ -123,8 +127,17 @@ def _result(row: dict[str, Any], where: str) -> _Result:
     if protocol not in PROTOCOLS:
         raise InputError(f"{where}: protocol {shown(protocol)} is none of {', '.join(PROTOCOLS)}")
     size = plain_field(plain_field(row, "mask", dict, where), "size", list, where)
+    pixels = size[0] * size[1] if len(size) == 2 and {type(side) for side in size} == {int} else -1
+    counts = found.intersection, found.truth_area, found.union, found.pooled_union
+    if not (0 <= found.iou <= 1 and 0 <= min(counts) <= max(counts) <= pixels):  # NaN fails too
+        raise InputError(
+            f"{where}: iou {shown(found.iou)} and counts {shown(counts)} cannot be those of masks of size "
+            f"{shown(size)}; write the results anew with metris evaluate --results"
+        )
     image_id, expression = (plain_field(row, *it, where) for it in (("image_id", int), ("expression", str)))
-    return _Result(image_id, protocol, size, expression, found)
+    sentences = plain_field(row, "sentences", str, where) if "sentences" in row else None
+    threshold = None if row.get("threshold") is None else plain_field(row, "threshold", float, where)
+    return _Result(image_id, protocol, sentences, threshold, size, expression, found)
 
 
 def _refuse_unlike(config: CompareConfig, a: dict[Any, _Result], b: dict[Any, _Result]) -> None:
@@ -140,13 +153,15 @@ def _refuse_unlike(config: CompareConfig, a: dict[Any, _Result], b: dict[Any, _R
         second = b[key]
         for what, ours, theirs in (
             ("protocol", first.protocol, second.protocol),
+            ("sentences", first.sentences, second.sentences),
+            ("threshold", first.threshold, second.threshold),
             ("image_id", first.image_id, second.image_id),
             ("expression", first.expression, second.expression),
             ("height and width", first.size, second.size),
             ("pixels of the true mask", first.outcome.truth_area, second.outcome.truth_area),
             ("target", first.outcome.target, second.outcome.target),
         ):
-            if ours != theirs:
+            if ours != theirs and None not in (ours, theirs):
                 raise InputError(
                     f"{config.b}: sent_id {key[1]} of split {key[0]} has {what} {shown(theirs)}, but "
                     f"{shown(ours)} in {config.a}; score both on the same data by the same protocol"

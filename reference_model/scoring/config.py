@@ -15,15 +15,18 @@ class EvaluateConfig:
     checkpoint: Path | None = None
     """Folder that train wrote."""
     model: str | None = None
-    """Instead of a checkpoint, PACKAGE.MODULE:NAME of a callable (image, sentences) -> masks."""
+    """Instead of a checkpoint, PACKAGE.MODULE:NAME of a callable: PIL RGB image, list of k (≤ batch_size)
+    strings -> (k, h, w) bool or probabilities, or k of (h, w)."""
     predictions: Path | None = None
-    """Instead of a model, a .jsonl file of {"sent_id": ..., "mask": path or RLE}, as ``results`` writes."""
+    """Instead of a model, a .jsonl file of {"sent_id": ..., "mask": path or RLE}, as ``results`` writes; a
+    path names a PNG of two values, from the folder of the file. Images need not be there. ``metris convert``
+    lists the sent_ids."""
     splits: str = "val"
     """Splits to score, separated by commas, such as val,testA,testB."""
     protocol: Literal["metris", "lavt", "cris", "cgformer", "rela"] = "metris"
     """How masks are compared, after the published evaluation code of that name; see scoring/protocols.py."""
     threshold: float | None = None
-    """Probability above which a pixel belongs to the mask, in (0, 1). None: the protocol's."""
+    """Probability above which a pixel belongs to the mask, in (0, 1); not for masks. None: the protocol's."""
     sentences: Literal["all", "first", "last", "random"] | None = None
     """Which sentences of an object are scored; random draws one by its ref_id. None: the protocol's, all."""
     no_target_threshold: float = 0.5
@@ -37,9 +40,10 @@ class EvaluateConfig:
     results: Path | None = None
     """Write every sample's mask and IoU here, as .jsonl; what ``metris compare`` takes."""
     batch_size: int = 32
-    """Sentences per forward pass."""
+    """Sentences per forward pass, or call of a model."""
     out: Path | None = None
-    """Where the metrics go as JSON. None: metrics.json in the checkpoint; nowhere without one."""
+    """Where the metrics go as JSON. None: metrics.json in the checkpoint, which keeps other splits scored
+    before; nowhere without a checkpoint."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one."""
     json: bool = False

@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from reference_model.data.collate import report_overlong
+from reference_model.data.convert import made_of
 from reference_model.data.layouts import read
+from reference_model.data.plain import read_plain_json, shown
 from reference_model.data.reader import Reader
 from reference_model.data.records import Record
 from reference_model.files import InputError, refuse_unwritable, written_whole
-from reference_model.model.checkpoint import GENERATED, load_checkpoint, pick_device
-from reference_model.scoring.baselines import evenly, mean_mask_baseline, score_baselines
+from reference_model.model.checkpoint import load_checkpoint, pick_device
+from reference_model.scoring.baselines import Baselines, evenly, mean_mask_baseline
 from reference_model.scoring.breakdowns import Breakdown
 from reference_model.scoring.config import EvaluateConfig
 from reference_model.scoring.curves import Curve, PrecisionRecall
-from reference_model.scoring.evaluator import Evaluator, Scores, computed
+from reference_model.scoring.evaluator import Evaluator, ImageGroups, Scored, Scores, computed
 from reference_model.scoring.metrics import SegmentationMetrics
 from reference_model.scoring.metris_predictor import MetrisPredictor
 from reference_model.scoring.predictors import CallablePredictor, FilePredictor, Predictor, callable_from
@@ -42,28 +44,33 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, Scores]]:
     """Run the command ``evaluate``: {split: {"METRIS": scores, baseline: scores}}, fractions 0 to 1.
 
     Another model or a file stands under its own name. Among the scores of each are ``evaluation``, which says
-    what was scored and how, and, if asked for, ``intervals``, ``by category`` and ``by length``. The
-    precision-recall curves go to a file of their own, NAME_curves.json beside ``out``.
+    what was scored and how, with the count of sentences ``left_out`` under ``skip``, and, if asked for,
+    ``intervals``, ``by category`` and ``by length``. The precision-recall curves go to a file of their own,
+    NAME_curves.json beside ``out``. In the folder of a checkpoint both keep the splits scored before.
 
     Raises:
         InputError: The model, the predictions or the data cannot be used, or a value is out of its range.
     """
     protocol = _checked(config)
     device = pick_device(config.device)
-    reader = read(config.data)
-    splits = {}
-    for split in config.splits.split(","):
+    reader = read(config.data, images=config.predictions is None)
+    splits: dict[str, Iterable[Record]] = {}
+    for split in (name.strip() for name in config.splits.split(",")):
         splits[split] = Stream(reader, split) if reader.streamed else reader.records(split)
         if next(iter(splits[split]), None) is None:  # of a stream, this finds wrong names before long work
             raise InputError(f"{reader.source}: split {split!r} has no records; choose another")
     for path in (out := _out(config), config.results):
         if path is not None:
             refuse_unwritable(path)
-    name, predictor = _predictor(config, splits, device)
+    kept = [_kept(config, path) for path in (out, _curves(out) if out else None)]
+    if config.results is not None:
+        _refuse_repeated(splits)
+    name, predictor = _predictor(config, protocol, splits, device)
     mean_mask = None
     if config.baselines:
         train = evenly(Stream(reader, "train"), reader.splits.get("train", 0))
-        mean_mask = mean_mask_baseline(train, getattr(predictor, "image_size", protocol.size or 480))
+        size = getattr(predictor, "image_size", protocol.size or 480)
+        mean_mask = mean_mask_baseline(train, size, on_error=config.data.on_error)
 
     found: dict[str, dict[str, Scores]] = {}
     curves: dict[str, Curve] = {}
@@ -71,22 +78,64 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, Scores]]:
         rows = None
         if config.results is not None:
             path = stack.enter_context(written_whole(config.results))
-            rows = stack.enter_context(path.open("w", encoding="utf-8"))
+            rows = Rows(stack.enter_context(path.open("w", encoding="utf-8")), protocol)
         for split, records in splits.items():
-            result, curve = _scored(config, protocol, reader, predictor, split, records, rows)
+            baselines = None if mean_mask is None else Baselines(reader, mean_mask, protocol)
+            result, curve = _scored(config, protocol, reader, predictor, split, records, rows, baselines)
             found[split] = {name: result}
             if curve is not None:
                 curves[split] = curve
-            if mean_mask is not None:
-                found[split] |= score_baselines(reader, records, mean_mask, protocol)
+            if baselines is not None:
+                found[split] |= baselines.scores()
 
-    _write(found, curves, out)
-    print(json.dumps(found, indent=2) if config.json else f"{score_table(found)}\nprotocol {protocol}")
+    _write(found, curves, out, *kept)
+    if config.json:
+        print(json.dumps(found, indent=2))
+    else:
+        print(score_table(found))
+        told = {split: by_name[name]["evaluation"] for split, by_name in found.items()}
+        cuts = {said["threshold"] for said in told.values()} - {None}
+        shown_protocol = replace(protocol, threshold=cuts.pop()) if len(cuts) == 1 else protocol
+        print(
+            f"protocol {shown_protocol.said(given=all(said['threshold'] is None for said in told.values()))}"
+        )
+        for split, said in told.items():
+            if said["left_out"]:
+                print(f"{split}: {said['left_out']} sentences left out; every row is of the others")
     aside = sys.stderr if config.json else sys.stdout
     for what, path in (("metrics", out), ("results", config.results)):
         if path is not None:
             print(f"{what}: {path}", file=aside)
     return found
+
+
+class Rows:
+    """Lines of results, a line for each sentence of a run: parts of a split that was scored add none.
+
+    Args:
+        file: Where they go.
+        protocol: How masks are compared.
+    """
+
+    def __init__(self, file: TextIO, protocol: Protocol) -> None:
+        self.file, self.protocol = file, protocol
+        self._before: set[tuple[str, int]] = set()
+        self._here: set[tuple[str, int]] = set()
+
+    def begin(self) -> None:
+        """Begin a further split, or part of one."""
+        self._before |= self._here
+        self._here = set()
+
+    def add(self, scored: Scored) -> None:
+        """Write a sentence; raises where the split has its sent_id twice."""
+        key = (scored.record.split, scored.record.sent_id)
+        if key in self._here:
+            raise _repeated(scored.record)
+        self._here.add(key)
+        if key not in self._before:
+            found = (scored.record, scored.outcome, scored.mask, self.protocol)
+            write_row(self.file, *found, scored.no_target, scored.threshold)
 
 
 def _scored(
@@ -96,25 +145,64 @@ def _scored(
     predictor: Predictor,
     split: str,
     records: Iterable[Record],
-    rows: TextIO | None,
+    rows: Rows | None,
+    baselines: Baselines | None,
 ) -> tuple[Scores, Curve | None]:
     """Score one split, and write its results."""
     evaluator = Evaluator(protocol, config.no_target_threshold, config.data.on_error)
     metrics, curve = SegmentationMetrics(protocol), PrecisionRecall()
     breakdown = Breakdown(protocol, reader.categories)
     total = reader.splits.get(split)
+    cuts: set[float | None] = set()
+    if rows is not None:
+        rows.begin()
     for scored in evaluator.outcomes(predictor, records, metrics, curve, title=split, total=total):
         breakdown.add(scored.record, scored.outcome)
+        cuts.add(scored.threshold)
+        if config.threshold is not None and scored.threshold is None:
+            raise InputError(f"threshold: does nothing to the bool masks of {config.model}; leave it out")
         if rows is not None:
-            write_row(rows, scored.record, scored.outcome, scored.mask, protocol, scored.no_target)
+            rows.add(scored)
+        if baselines is not None:
+            baselines.add(scored)
     if not metrics.tallies[0]:
         raise InputError(f"{reader.source}: nothing of split {split!r} could be decoded; mend the data")
     result = computed(metrics)
     found = computed(curve) if curve.histogram.any() else None
     if found is not None:
         result["AUC-PR"] = found.area
-    result["evaluation"] = _provenance(config, reader, protocol)
+    left_out = 0
+    if config.data.on_error == "skip":
+        left_out = _asked(reader, protocol, split, records) - result["count"]
+    result["evaluation"] = _provenance(config, reader, protocol) | {
+        "threshold": cuts.pop() if len(cuts) == 1 else None,
+        "left_out": left_out,
+    }
     return result | breakdown.scores(intervals=config.intervals, groups=config.breakdowns), found
+
+
+def _asked(reader: Reader, protocol: Protocol, split: str, records: Iterable[Record]) -> int:
+    """Count the sentences that were to be scored."""
+    if reader.streamed and split in reader.splits and protocol.sentences == "all":
+        return reader.splits[split]  # as the index says, those that cannot be read among them
+    return sum(map(len, ImageGroups(records, protocol)))
+
+
+def _refuse_repeated(splits: dict[str, Iterable[Record]]) -> None:
+    """Refuse to write results of a split with two sentences of one number; a stream is seen as it goes."""
+    for records in splits.values():
+        seen: set[tuple[str, int]] = set()
+        for record in records if isinstance(records, Sequence) else ():
+            if (record.split, record.sent_id) in seen:
+                raise _repeated(record)
+            seen.add((record.split, record.sent_id))
+
+
+def _repeated(record: Record) -> InputError:
+    return InputError(
+        f"results: sent_id {record.sent_id} of split {record.split} ({shown(record.expression)}) is that of "
+        "several sentences, and lines of results go by it; number them afresh, see metris data check"
+    )
 
 
 def _checked(config: EvaluateConfig) -> Protocol:
@@ -128,6 +216,8 @@ def _checked(config: EvaluateConfig) -> Protocol:
     if config.data.workers < 0:
         raise InputError(f"data.workers: must be >= 0, got {config.data.workers}")
     protocol = PROTOCOLS[config.protocol]
+    if config.threshold is not None and config.predictions is not None:
+        raise InputError("threshold: does nothing to --predictions, which are masks already; leave it out")
     if config.threshold is not None:
         protocol = replace(protocol, threshold=config.threshold)
     if config.sentences is not None:
@@ -144,16 +234,33 @@ def _out(config: EvaluateConfig) -> Path | None:
     return config.out
 
 
+def _kept(config: EvaluateConfig, path: Path | None) -> dict[str, Any]:
+    """Read what a file in the folder of a checkpoint has of splits that were scored before."""
+    if path is None or config.out is not None or not path.is_file():
+        return {}
+    found = read_plain_json(path)
+    if type(found) is not dict:
+        raise InputError(f"{path}: holds {shown(found)}, expected scores by split; move it away")
+    return found
+
+
+def _curves(out: Path) -> Path:
+    return out.with_name(f"{out.stem}_curves.json")
+
+
 def _predictor(
-    config: EvaluateConfig, splits: dict[str, Iterable[Record]], device: Any
+    config: EvaluateConfig, protocol: Protocol, splits: dict[str, Iterable[Record]], device: Any
 ) -> tuple[str, Predictor]:
     """Load what is scored, and name it."""
     if config.model is not None:
-        return config.model, CallablePredictor(
-            callable_from(config.model), config.model, config.data.on_error
-        )
+        model, on_error = callable_from(config.model), config.data.on_error
+        return config.model, CallablePredictor(model, config.model, on_error, config.batch_size)
     if config.predictions is not None:
-        return config.predictions.name, FilePredictor(Predictions(config.predictions))
+        file = Predictions(config.predictions, config.protocol)
+        for records in splits.values() if config.data.on_error == "stop" else ():
+            if isinstance(records, Sequence):
+                file.refuse_missing([record for group in ImageGroups(records, protocol) for record in group])
+        return config.predictions.name, FilePredictor(file, config.data.on_error)
     checkpoint = load_checkpoint(config.checkpoint, device=device)
     listed = [record for found in splits.values() if isinstance(found, Sequence) for record in found]
     if listed:
@@ -172,34 +279,39 @@ def _predictor(
 
 def _provenance(config: EvaluateConfig, reader: Reader, protocol: Protocol) -> dict[str, Any]:
     """Say what was scored on what, and how."""
-    data, root = config.data, config.data.root
-    named = data.dataset in reader.source.parts
+    made = made_of(reader, config.data)
     return {
         "data": str(reader.source),
-        "dataset": data.dataset if named else root.stem if root.is_file() else root.name,
-        "split_by": data.split_by if named else None,
-        "generated": (root / GENERATED).is_file(),
+        "dataset": made["dataset"] or config.data.root.name,
+        "split_by": made["split_by"],
+        "generated": made["generated"],
         **{
             key: str(value)
             for key in ("checkpoint", "model", "predictions")
             if (value := getattr(config, key))
         },
         "protocol": protocol.name,
-        "threshold": protocol.cutoff,
         "sentences": protocol.sentences,
         "no_target_threshold": config.no_target_threshold,
     }
 
 
-def _write(found: dict[str, dict[str, Scores]], curves: dict[str, Curve], out: Path | None) -> None:
+def _write(
+    found: dict[str, dict[str, Scores]],
+    curves: dict[str, Curve],
+    out: Path | None,
+    kept: dict[str, Any],
+    kept_curves: dict[str, Any],
+) -> None:
     if out is None:
         return
     with written_whole(out) as path:
-        path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(kept | found, indent=2) + "\n", encoding="utf-8")
     if curves:
         plain = {
             split: {key: value.round(6).tolist() for key, value in curve._asdict().items()}
             for split, curve in curves.items()
         }
-        with written_whole(out.with_name(f"{out.stem}_curves.json")) as path:
-            path.write_text(json.dumps(plain) + "\n", encoding="utf-8")
+        others = {split: curve for split, curve in kept_curves.items() if split not in found}
+        with written_whole(_curves(out)) as path:
+            path.write_text(json.dumps(others | plain) + "\n", encoding="utf-8")

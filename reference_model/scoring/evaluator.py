@@ -32,8 +32,12 @@ class Scored(NamedTuple):
     outcome: Outcome
     mask: np.ndarray
     """(h, w) bool at the size of the protocol, before any withdrawal."""
+    truth: np.ndarray
+    """(h, w) bool, the true mask."""
     no_target: float | None
     """Probability that nothing is meant."""
+    threshold: float | None
+    """Probability above which pixels are in ``mask``; None where the answer was a mask already."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +152,8 @@ class Evaluator:
                         f"{record.sent_id}); take weights of a run that did not diverge"
                     )
                 curve.update(probability, truth)
-            yield Scored(record, metrics.latest, mask, answer.no_target)
+            threshold = answer.threshold if probability is None else self.protocol.cutoff
+            yield Scored(record, metrics.latest, mask, truth, answer.no_target, threshold)
 
     def _truth(self, record: Record) -> np.ndarray | None:
         try:

@@ -146,7 +146,8 @@ def predictions(
         no_target_threshold: Probability of "no target" above which the mask is empty, in (0, 1).
     """
     found = []
-    for (logits, _, absent), (height, width) in zip(answers_of(output), sizes, strict=True):
+    for answer, (height, width) in zip(answers_of(output), sizes, strict=True):
+        logits, absent = answer.mask, answer.no_target
         if absent is not None and absent > no_target_threshold:
             mask = np.zeros((height, width), dtype=bool)
         else:

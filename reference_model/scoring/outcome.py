@@ -140,7 +140,8 @@ def scores(
     oIoU = Σ intersection / Σ union; mIoU = mean IoU; P@X = share of the sentences with a target whose IoU
     reaches X. With sentences that refer to nothing also gIoU and cIoU, their likes under gRefCOCO's rules
     (see `outcome`); N-acc = share of the sentences without target that are not answered; T-acc = share of
-    the others that are. A share of nothing is 0.
+    the others that are. A share of nothing is 0. In mIoU a sentence without target counts 0 even where the
+    model is rightly silent; DMMI's code for Ref-ZOM leaves such sentences out of mIoU and oIoU instead.
 
     Args:
         tallies: (..., k) sums; whole numbers, in float64 too.

@@ -31,17 +31,19 @@ SegmentationModel = Callable[[Image.Image, list[str]], Any]
 
 @dataclass(frozen=True)
 class CallablePredictor:
-    """Any model as a predictor: it is called once an image, with all of its sentences.
+    """Any model as a predictor: it is called with an image and all of its sentences, or a batch of them.
 
     Args:
         model: (RGB image, k sentences) -> (k, h, w) or k of (h, w): bool, or probabilities from 0 to 1.
         name: What messages call it.
         on_error: What an image that cannot be decoded does; see `opened`.
+        batch_size: Sentences of a call, at most.
     """
 
     model: SegmentationModel
     name: str
     on_error: OnError = "stop"
+    batch_size: int = 32
 
     def __call__(self, groups: Groups) -> Answers:
         """Yield each record with its answer.
@@ -49,11 +51,17 @@ class CallablePredictor:
         Raises:
             InputError: The model returned something else.
         """
-        for records, image in opened(groups, self.on_error):
-            with torch.inference_mode():
-                found = self.model(image, [record.expression for record in records])
-            for record, mask in zip(records, self._checked(found, records), strict=True):
-                yield record, Answer(mask, False, None)
+        for whole, image in opened(groups, self.on_error):
+            for start in range(0, len(whole), self.batch_size):
+                records = whole[start : start + self.batch_size]
+                with torch.inference_mode():
+                    found = self.model(image, [record.expression for record in records])
+                    if isinstance(
+                        found, Iterator
+                    ):  # a generator's own errors are the model's, with traceback
+                        found = list(found)
+                for record, mask in zip(records, self._checked(found, records), strict=True):
+                    yield record, Answer(mask, False, None)
 
     def _checked(self, found: Any, records: list[Record]) -> list[Tensor]:
         expected = f"expected {len(records)} masks (h, w), bool or probabilities"
@@ -108,6 +116,8 @@ class FilePredictor:
     """A file of predicted masks as a predictor; images are not opened."""
 
     file: Predictions
+    on_error: OnError = "stop"
+    """What a sentence that the file lacks does: ``stop``, or be left out (``skip``)."""
 
     def __call__(self, groups: Groups) -> Answers:
         """Yield each record with the mask that the file has for it.
@@ -116,9 +126,11 @@ class FilePredictor:
             InputError: It has none, or one that cannot be used.
         """
         for record in (record for group in groups for record in group):
-            mask, absent = self.file.of(record)
+            if self.on_error == "skip" and not self.file.has(record):
+                continue
+            mask, absent, threshold = self.file.of(record)
             refuse_transposed(mask.shape, record, str(self.file.path))
-            yield record, Answer(torch.from_numpy(mask), False, absent)
+            yield record, Answer(torch.from_numpy(mask), False, absent, threshold)
 
 
 def refuse_transposed(shape: Sequence[int], record: Record, source: str) -> None:

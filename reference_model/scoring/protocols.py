@@ -63,11 +63,19 @@ class Protocol:
         """``threshold`` as a number."""
         return 0.5 if self.threshold == "argmax" else self.threshold
 
-    def __str__(self) -> str:
+    def said(self, *, given: bool = False) -> str:
+        """Say it in one line; ``given``: predictions were masks, so that nothing was cut or interpolated."""
         size = "own size" if self.size is None else f"{self.size} x {self.size}"
+        corners = ", aligned corners" * self.align_corners
+        resized = "mask" if self.resized == "mask" else f"{self.resized} {self.interpolation}{corners}"
+        cut = "masks as given" if given else f"{resized}, probability > {self.cutoff:g}"
         truth = "union of polygons" if self.overlaps == "union" else "pixels of exactly one polygon"
-        at_least = ">=" if self.inclusive else ">"
-        return f"{self.name}: {size}, probability > {self.cutoff:g}, {truth}, P@X {at_least} X"
+        sentences = {"all": "all sentences", "random": f"one random sentence of each ref, seed {self.seed}"}
+        which = sentences.get(self.sentences, f"the {self.sentences} sentence of each ref")
+        return f"{self.name}: {size}, {cut}, {truth}, {which}, P@X {'>=' if self.inclusive else '>'} X"
+
+    def __str__(self) -> str:
+        return self.said()
 
 
 PROTOCOLS = {
@@ -103,7 +111,9 @@ PROTOCOLS = {
             epsilon=1e-6,
         ),
         # ReLA/gres_model/evaluation/refer_evaluation.py: `process`, `evaluate` (argmax at 480, >= .7 .8 .9
-        # over sentences with a target, the classifier's word); gres_model/data/dataset_mappers (union).
+        # over sentences with a target, the classifier's word); gres_model/data/dataset_mappers (union, which
+        # leaves out annotations with iscrowd; the readers here take them in, so that a target that holds a
+        # crowd has more true pixels than there).
         Protocol("rela", size=480, threshold="argmax", precisions=(0.7, 0.8, 0.9), empty_by="classifier"),
     )
 }

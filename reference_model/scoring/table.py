@@ -3,7 +3,10 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-_COLUMNS = ("mIoU", "oIoU", "P@0.5", "P@0.7", "P@0.9", "AUC-PR", "gIoU", "cIoU", "N-acc", "T-acc")
+from reference_model.data.plain import printable
+
+_PRECISIONS = tuple(f"P@0.{tenths}" for tenths in (5, 6, 7, 8, 9))
+_COLUMNS = ("mIoU", "oIoU", *_PRECISIONS, "AUC-PR", "gIoU", "cIoU", "N-acc", "T-acc")
 
 
 def score_table(found: dict[str, dict[str, dict[str, Any]]]) -> str:
@@ -29,8 +32,11 @@ def score_table(found: dict[str, dict[str, dict[str, Any]]]) -> str:
 
 
 def aligned(rows: Iterable[Sequence[str]], *, left: int) -> str:
-    """Pad the cells of each column to one width, the first ``left`` columns to the left."""
-    rows = list(rows)
+    """Pad the cells of each column to one width, the first ``left`` columns to the left.
+
+    What a terminal would act on, such as line ends and escape sequences, is written out.
+    """
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(

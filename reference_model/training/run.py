@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from reference_model.configs import build, read_yaml, to_yaml
 from reference_model.data.collate import Batch
+from reference_model.data.convert import generated_note
 from reference_model.data.records import Record
 from reference_model.data.streaming import ShardedLoader
 from reference_model.files import InputError, refuse_unwritable, written_whole
@@ -156,11 +157,9 @@ class Run:
         if not self.step:
             written = replace(self.config, json=False)  # it may be given as --config again
             start_checkpoint(self.out, to_yaml(written), self.predictor.tokenizer)
-            root = self.config.data.root
-            root = root if root.is_dir() else root.parent
-            if (root / GENERATED).is_file():
+            if (note := generated_note(self.config.data.root)) is not None:
                 with written_whole(self.out / GENERATED) as path:
-                    shutil.copyfile(root / GENERATED, path)
+                    shutil.copyfile(note, path)
         parameters = list(self.learner.bare.parameters())
         facts = {
             "processes": self.accelerator.num_processes,

@@ -138,10 +138,27 @@ def test_broken_image_stops_or_is_left_out_with_one_warning(records):
         f"{records[0].image}: not an image of a known kind; use JPEG or PNG; its sentences are left out"
     ]
     for _ in range(2):
-        with pytest.raises(InputError, match=r"0.png: not an image.*; nothing is left of a batch of 2"):
-            dataset.__getitems__([0, 1])
         with pytest.raises(InputError, match="nothing is left"):
             dataset[3]
+
+
+def test_batch_of_broken_images_takes_the_next_record_and_training_goes_on(records):
+    """As many batches as without the defect, so that no process waits for another."""
+    records[0].image.write_bytes(b"garbage")
+    dataset = ReferringDataset(records, 12, on_error="skip")
+    with pytest.warns(UserWarning, match=r"0.png: not an image"):
+        batches = [dataset.__getitems__(indices) for indices in ([0, 1], [3])]
+    assert [[item.record for item in items] for items in batches] == [[records[2]], [records[4]]]
+    loader = DataLoader(dataset, batch_size=1, collate_fn=Collate(TOKENIZER))
+    assert len(list(loader)) == len(records)
+    for record in records:
+        record.image.write_bytes(b"garbage")
+    broken = ReferringDataset(records, 12, on_error="skip")
+    with (
+        pytest.warns(UserWarning, match="left out"),
+        pytest.raises(InputError, match=r"not an image.*nothing is left of a batch"),
+    ):
+        broken.__getitems__([4])
 
 
 def test_broken_mask_leaves_out_its_own_sentences(records, tmp_path):

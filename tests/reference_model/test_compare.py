@@ -30,7 +30,7 @@ def results(path, predictions, *, protocol="metris", images=4, change=None):
             record = record if truth.any() else replace(record, ann_id=())
             found = outcome(prediction, truth, protocol)
             if change is None or (record := change(record)) is not None:
-                write_row(file, record, found, prediction, protocol, None)
+                write_row(file, record, found, prediction, protocol, None, protocol.cutoff)
     return path
 
 
@@ -189,8 +189,8 @@ def test_other_samples_are_refused_by_the_first_that_differs(tmp_path, pair, cha
     ("change", "says"),
     [
         (
-            lambda rows: rows[3].update(truth_area=99),
-            "sent_id 3 of split val has pixels of the true mask 99, but",
+            lambda rows: rows[3].update(truth_area=1),
+            "sent_id 3 of split val has pixels of the true mask 1, but",
         ),
         (lambda rows: rows[3]["mask"].update(size=[7, 6]), r"has height and width \[7, 6\], but \[6, 7\]"),
         (lambda rows: rows.append(rows[2]), ":21: sent_id 2 of split val a second time"),
@@ -202,6 +202,13 @@ def test_other_samples_are_refused_by_the_first_that_differs(tmp_path, pair, cha
         (lambda rows: rows[0].update(protocol="ours"), ":1: protocol 'ours' is none of metris, lavt"),
         (lambda rows: rows[0].update(union="3"), ":1 has 'union' = '3'"),
         (lambda rows: rows.clear(), "b.jsonl: holds no results"),
+        (lambda rows: rows[3].update(threshold=0.2), "sent_id 3 of split val has threshold 0.2, but 0.5"),
+        (lambda rows: rows[3].update(sentences="first"), "has sentences 'first', but 'all'"),
+        (lambda rows: rows[3].update(iou=float("nan")), ":4: iou nan and counts .* cannot be those of masks"),
+        (lambda rows: rows[3].update(iou=1e300), ":4: iou 1e.300 and counts"),
+        (lambda rows: rows[3].update(union=43), r":4: iou .* cannot be those of masks of size \[6, 7\]"),
+        (lambda rows: rows[3].update(pooled_union=-1), ":4: iou"),
+        (lambda rows: rows[3]["mask"].update(size=["6", 7]), r":4: iou .*of size \['6', 7\]"),
     ],
 )
 def test_lines_that_do_not_fit_are_named(pair, change, says):
@@ -225,3 +232,20 @@ def test_command_prints_a_table_or_json(pair, capsys):
     assert "mIoU" in shown and "95 % interval" in shown and "b is better on" in shown
     assert main(["compare", *map(str, pair), "--resamples", "100", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["sentences"] == 20
+
+
+def test_files_of_old_and_masks_given_as_such_compare_with_any(pair):
+    rows = [json.loads(line) for line in pair[1].read_text().splitlines()]
+    rows[0]["threshold"] = None
+    for row in rows[1:]:
+        del row["threshold"], row["sentences"]
+    pair[1].write_text("\n".join(map(json.dumps, rows)))
+    assert compare(CompareConfig(*pair, resamples=100))["sentences"] == len(rows)
+
+
+def test_sentences_from_files_move_no_cursor(tmp_path, capsys):
+    change = lambda record: replace(record, expression="the\x1b[2J man\nwins 99.9")
+    files = [results(tmp_path / f"{n}.jsonl", guesses(n), change=change) for n in (1, 2)]
+    compare(CompareConfig(*files, resamples=100))
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown and r"the\x1b[2J man\nwins 99.9" in shown

@@ -2,6 +2,8 @@
 
 import json
 import os
+import pickle
+import shutil
 import tarfile
 import tracemalloc
 from dataclasses import replace
@@ -13,7 +15,7 @@ from PIL import Image
 
 import reference_model.data.convert as convert_module
 from reference_model.data.config import ConvertConfig, DataConfig
-from reference_model.data.convert import convert
+from reference_model.data.convert import convert, made_of
 from reference_model.data.jsonl import Jsonl
 from reference_model.data.layouts import read
 from reference_model.data.reader import Reader
@@ -329,3 +331,91 @@ def test_images_of_one_id_are_not_mixed_up(faked, tmp_path):
         convert(ConvertConfig(DataConfig(tmp_path), tmp_path / "out.jsonl"))
     out = Shards(convert(ConvertConfig(DataConfig(tmp_path), tmp_path / "out")))
     assert [r.image for r in out.stream("train")] == images
+
+
+# ---- what goes along ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cleaned(scenes, tmp_path):
+    """A copy of the scenes whose raw sentences differ from the cleaned ones."""
+    root = tmp_path / "cleaned"
+    (root / "refcoco").mkdir(parents=True)
+    (root / "images").symlink_to(scenes / "images")
+    shutil.copyfile(scenes / "refcoco/instances.json", root / "refcoco/instances.json")
+    refs = pickle.loads((scenes / "refcoco/refs(unc).p").read_bytes())
+    for sentence in (sentence for ref in refs for sentence in ref["sentences"]):
+        sentence["raw"] = f"{sentence['sent'].capitalize()}."
+    (root / "refcoco/refs(unc).p").write_bytes(pickle.dumps(refs))
+    return root
+
+
+@pytest.mark.parametrize("kind", ["lines", "shards", "lines of shards", "shards of lines"])
+@pytest.mark.parametrize("asked", ["sent", "raw"])
+def test_both_forms_of_sentences_survive_and_are_chosen_when_read(kind, asked, cleaned):
+    place = DataConfig(cleaned, text=asked)  # whatever is asked for when it is converted
+    for number, step in enumerate(reversed(kind.split(" of "))):
+        out = cleaned / (f"{number}.jsonl" if step == "lines" else f"{number}")
+        convert(ConvertConfig(place, out))
+        place = DataConfig(out, text=asked)
+    for text in ("sent", "raw"):
+        ours, theirs = (read(DataConfig(root, text=text)) for root in (out, cleaned))
+        assert_same(ours, theirs)
+        assert all(record.expression.endswith(".") == (text == "raw") for record in ours.stream("val"))
+
+
+def test_notes_are_those_of_the_file_and_touch_no_neighbour(scenes, cleaned):
+    """A file of generated scenes in the root of real data says nothing about what else is there."""
+    (cleaned / "scenes").symlink_to(scenes)
+    (cleaned / "classes.json").write_text(json.dumps({"seen": [7], "unseen": [8]}))
+    before = {path: path.read_bytes() for path in cleaned.glob("*.json")}
+    toy = convert(ConvertConfig(DataConfig(cleaned / "scenes"), cleaned / "toy.jsonl"))
+    assert {path.name for path in cleaned.glob("*.json")} == {
+        "classes.json", "toy.generated.json", "toy.categories.json"
+    }  # fmt: skip
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert (cleaned / "toy.generated.json").read_bytes() == (scenes / "generated.json").read_bytes()
+    made = [made_of(read(config), config)["generated"] for config in (DataConfig(cleaned), DataConfig(toy))]
+    assert made == [False, True]
+    assert read(DataConfig(toy)).categories == read(DataConfig(scenes)).categories != {}
+
+
+def test_own_lists_of_classes_go_along_and_win(scenes, tmp_path):
+    (tmp_path / "classes.json").write_text(json.dumps({"seen": [90], "unseen": [91]}))
+    root = tmp_path / "root"
+    root.mkdir()
+    for name in os.listdir(scenes):
+        (root / name).symlink_to(scenes / name)
+    ids = sorted(read(DataConfig(scenes)).categories)
+    (root / "classes.json").write_text(json.dumps({"seen": ids[1:], "unseen": ids[:1]}))
+    out = convert(ConvertConfig(DataConfig(root), tmp_path / "toy.jsonl"))
+    for part in ("val_seen", "val_unseen", "train_unseen"):
+        ours, theirs = (read(DataConfig(place)).records(part) for place in (out, root))
+        assert [r.sent_id for r in ours] == [r.sent_id for r in theirs] != []
+
+
+def test_names_of_categories_are_kept_so_that_lists_of_others_are_refused(scenes, tmp_path):
+    (tmp_path / "root").symlink_to(scenes)
+    out = convert(ConvertConfig(DataConfig(tmp_path / "root"), tmp_path / "toy.jsonl"))
+    with pytest.raises(InputError, match=r"category 1 is .*, not COCO's 'person'"):
+        read(DataConfig(out)).records("val_seen")
+    note = out.with_name(f"{out.stem}.categories.json")
+    for malformed in ("[]", '{"a": "b"}', '{"1": 2}'):
+        note.write_text(malformed)
+        with pytest.raises(InputError, match=r"categories.json: holds .*, expected \{id: name\}"):
+            read(DataConfig(out))
+
+
+@pytest.mark.parametrize("name", ["toy.generated.json", "toy.classes.json", "toy.categories.json"])
+def test_notes_that_are_there_are_not_overwritten(name, scenes, tmp_path):
+    (tmp_path / name).write_text("precious")
+    with pytest.raises(InputError, match=rf"{name}: is there already"):
+        convert(ConvertConfig(DataConfig(scenes), tmp_path / "toy.jsonl"))
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize("name", ["x.ndjson", "x.JSONL", "x.Json"])
+def test_other_endings_do_not_become_folders(name, scenes, tmp_path):
+    with pytest.raises(InputError, match=r"expected NAME.jsonl, or a folder"):
+        convert(ConvertConfig(DataConfig(scenes), tmp_path / name))
+    assert not list(tmp_path.iterdir())

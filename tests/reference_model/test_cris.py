@@ -11,6 +11,8 @@ from reference_model.data.cris import Cris
 from reference_model.data.layouts import read
 from reference_model.data.splits import COCO
 from reference_model.files import InputError
+from reference_model.scoring.evaluator import truth_of
+from reference_model.scoring.protocols import PROTOCOLS
 
 NAME = "COCO_train2014_{:012}.jpg"
 
@@ -62,6 +64,23 @@ def refusal(root, **options):
     message = str(caught.value)
     assert "\n" not in message and str(root) in message and len(message) < 1000
     return message
+
+
+def test_png_of_counted_polygons_loses_overlaps_only_where_the_protocol_says(tmp_path):
+    """CRIS and CGFormer write 255 times the count of polygons as a byte: 255, 254, 253."""
+    root = written(tmp_path, splits())
+    count = np.zeros((12, 16), np.int64)
+    count[2:6, 2:8] += 1
+    count[4:10, 6:12] += 1
+    count[5, 7] += 1
+    Image.fromarray((count * 255).astype(np.uint8)).save(root / "masks/refcoco/1.png")
+    Image.fromarray((count > 0).astype(np.uint8) * 7).save(root / "masks/refcoco/2.png")
+    one, _, other = Cris(root).records("train")
+    np.testing.assert_array_equal(one.mask(), count > 0)
+    np.testing.assert_array_equal(one.mask("exactly_one"), count == 1)
+    assert truth_of(one, PROTOCOLS["cgformer"]).sum() == (count == 1).sum() < one.mask().sum()
+    with pytest.warns(UserWarning, match="do not tell where polygons overlap"):
+        np.testing.assert_array_equal(other.mask("exactly_one"), count > 0)
 
 
 def test_records_follow_the_files_one_a_sentence(tmp_path):

@@ -1,6 +1,8 @@
 """One evaluator for checkpoints, callables and files: the same sentences, the same masks, the same scores."""
 
 import json
+import pickle
+import shutil
 import sys
 from dataclasses import replace
 from itertools import groupby
@@ -17,6 +19,7 @@ from reference_model.data.config import ConvertConfig, DataConfig
 from reference_model.data.convert import convert
 from reference_model.data.layouts import read
 from reference_model.data.records import segmentation_mask
+from reference_model.data.shards import ShardWriter
 from reference_model.data.synthetic.config import GenerateConfig
 from reference_model.data.synthetic.export import generate
 from reference_model.files import InputError
@@ -99,8 +102,13 @@ def module_with(monkeypatch, **functions):
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_results_scored_again_give_the_same_scores(any_run, any_data, middles, tmp_path, protocol):
     results, again = tmp_path / "results.jsonl", tmp_path / "again.jsonl"
-    usual = {"protocol": protocol, "splits": "val,testA", **middles}
-    first = evaluate(EvaluateConfig(any_data, any_run, results=results, out=tmp_path / "m.json", **usual))
+    usual = {
+        "protocol": protocol,
+        "splits": "val, testA",
+        "no_target_threshold": middles["no_target_threshold"],
+    }
+    cut = {"threshold": middles["threshold"], "out": tmp_path / "m.json"}
+    first = evaluate(EvaluateConfig(any_data, any_run, results=results, **cut, **usual))
     second = evaluate(EvaluateConfig(any_data, predictions=results, results=again, **usual))
     for split in ("val", "testA"):
         assert numbers(first[split]["METRIS"]) == numbers(second[split]["results.jsonl"])
@@ -304,7 +312,7 @@ def test_shards_are_scored_like_the_data_they_were_made_of(run, data, threshold,
     found = scores_of(EvaluateConfig(sharded, run, **usual))
     expected = scores_of(EvaluateConfig(data, run, **usual))
     assert numbers(found) == pytest.approx(numbers(expected), abs=1e-4)
-    assert found["evaluation"]["dataset"] == "shards" and found["evaluation"]["split_by"] is None
+    assert found["evaluation"]["dataset"] == "refcoco" and found["evaluation"]["split_by"] == "unc"
     with pytest.raises(InputError, match="no split 'vall'; did you mean 'val'"):
         evaluate(EvaluateConfig(sharded, tmp_path / "no checkpoint is looked for", splits="vall"))
 
@@ -318,7 +326,8 @@ def test_metrics_say_what_was_scored_and_how(run, data, tmp_path):
     said = json.loads(out.read_text())["val"]["METRIS"]["evaluation"]
     assert said.pop("data").endswith("refcoco/refs(unc).p") and said.pop("checkpoint") == str(run)
     expected = {"dataset": "refcoco", "split_by": "unc", "generated": True, "protocol": "cris"}
-    assert said == expected | {"threshold": 0.35, "no_target_threshold": 0.4, "sentences": "all"}
+    expected |= {"threshold": 0.35, "no_target_threshold": 0.4, "sentences": "all", "left_out": 0}
+    assert said == expected
 
 
 def test_first_sentences_are_one_of_each_object(run, data, tmp_path):
@@ -553,3 +562,224 @@ def test_masks_of_results_are_those_that_predict_draws(run, data, threshold, tmp
         (mask,) = predict_masks(checkpoint, image, [row["expression"]], threshold=threshold)
         found = segmentation_mask(row["mask"], *mask.shape, owner="row")
         assert (found != mask).mean() < 1e-3  # a batch rounds otherwise
+
+
+# ---- what is left out, and what is said of it ----------------------------------------------------
+
+
+@pytest.fixture
+def spoilt(data, tmp_path):
+    """The scenes with one broken image, one annotation that no ref names, and two broken masks."""
+    root = tmp_path / "spoilt"
+    shutil.copytree(data.root, root)
+    records = read(DataConfig(root)).records("val")
+    records[0].image.write_bytes(b"no picture")
+    path = root / "refcoco/instances.json"
+    instances = json.loads(path.read_text())
+    named = {record.ann_id for split in ("train", "val") for record in read(data).records(split)}
+    images = {record.image_id for record in records}
+    lone = [a for a in instances["annotations"] if a["id"] not in named and a["image_id"] in images]
+    for annotation in lone:
+        annotation["segmentation"] = "broken"
+    assert lone
+    path.write_text(json.dumps(instances))
+    return DataConfig(root, on_error="skip")
+
+
+@pytest.mark.filterwarnings("ignore:.*left out")
+def test_baselines_stand_on_the_sentences_of_the_model_and_the_others_are_counted(
+    spoilt, tmp_path, monkeypatch, capsys
+):
+    name = module_with(monkeypatch, masks=lambda image, s: np.zeros((len(s), 4, 4)))("masks")
+    results = tmp_path / "r.jsonl"
+    found = evaluate(EvaluateConfig(spoilt, model=name, baselines=True, results=results))["val"]
+    records = read(spoilt).records("val")
+    left = sum(record.image_id == records[0].image_id for record in records)
+    counts = {who: scores["count"] for who, scores in found.items()}
+    assert set(counts) == {name, "mean training mask", "largest object"}
+    assert set(counts.values()) == {len(records) - left} and 0 < left < len(records)
+    assert found[name]["evaluation"]["left_out"] == left
+    assert f"val: {left} sentences left out; every row is of the others" in capsys.readouterr().out
+    # What was left out then has no line, and is left out again.
+    again = scores_of(EvaluateConfig(spoilt, predictions=results))
+    assert (again["count"], again["evaluation"]["left_out"]) == (counts[name], left)
+    with pytest.raises(
+        InputError, match=rf"has no line with .*; {left} of {len(records)} sentences lack theirs"
+    ):
+        evaluate(EvaluateConfig(replace(spoilt, on_error="stop"), predictions=results))
+
+
+@pytest.mark.parametrize("sentences", ["all", "first"])
+@pytest.mark.filterwarnings("ignore:.*left out")
+def test_left_out_sentences_of_shards_are_counted(sentences, data, tmp_path, monkeypatch):
+    reader, broken = read(data), None
+    with ShardWriter(tmp_path / "shards", 2**20) as writer:
+        for image_id, found in groupby(reader.stream("val"), key=lambda record: record.image_id):
+            broken = broken or image_id
+            records = list(found)
+            writer.write(b"no" if image_id == broken else records[0].image.read_bytes(), records)
+        writer.finish({}, {})
+    name = module_with(monkeypatch, masks=lambda image, s: np.zeros((len(s), 4, 4)))("masks")
+    config = DataConfig(tmp_path / "shards", on_error="skip")
+    scores = scores_of(EvaluateConfig(config, model=name, sentences=sentences))
+    chosen = [
+        r
+        for group in ImageGroups(reader.records("val"), replace(PROTOCOLS["metris"], sentences=sentences))
+        for r in group
+    ]
+    left = sum(record.image_id == broken for record in chosen)
+    assert (scores["count"], scores["evaluation"]["left_out"]) == (len(chosen) - left, left) and left
+
+
+def test_predictions_are_scored_where_no_image_is(data, tmp_path):
+    for layout in ("refer", "cris", "jsonl"):
+        root = tmp_path / layout
+        generate(GenerateConfig(root=root, layout=layout, size=48, train=2, val=2, test=1))
+        place = DataConfig(next(root.glob("*.jsonl")) if layout == "jsonl" else root)
+        records = read(place).records("val")
+        file = tmp_path / f"{layout}.jsonl"
+        rle = lambda r: {"size": [r.height, r.width], "counts": [r.height * r.width]}
+        file.write_text("\n".join(json.dumps({"sent_id": r.sent_id, "mask": rle(r)}) for r in records))
+        shutil.rmtree(next(path for path in root.iterdir() if path.name.startswith("images")))
+        assert scores_of(EvaluateConfig(place, predictions=file))["count"] == len(records)
+        assert scores_of(EvaluateConfig(replace(place, on_error="skip"), predictions=file))["count"] == len(
+            records
+        )
+        with pytest.raises(InputError, match=r"image"):
+            evaluate(EvaluateConfig(place, model="json:loads"))
+
+
+def test_a_sentence_has_one_line_however_many_splits_hold_it(data, tmp_path, monkeypatch):
+    root = tmp_path / "root"
+    root.mkdir()
+    for name in data.root.iterdir():
+        (root / name.name).symlink_to(name)
+    ids = sorted(read(data).categories)
+    (root / "classes.json").write_text(json.dumps({"seen": ids[1:], "unseen": ids[:1]}))
+    name = module_with(monkeypatch, masks=lambda image, s: np.zeros((len(s), 4, 4)))("masks")
+    results, config = tmp_path / "r.jsonl", DataConfig(root)
+    evaluate(EvaluateConfig(config, model=name, splits="val_seen, val", results=results))
+    rows = [json.loads(line)["sent_id"] for line in results.open()]
+    assert sorted(rows) == sorted(record.sent_id for record in read(data).records("val"))
+    evaluate(EvaluateConfig(config, predictions=results, splits="val"))
+
+
+def test_sentences_of_one_number_are_refused_before_the_model_runs(data, tmp_path, monkeypatch):
+    refs = data.root / "refcoco/refs(unc).p"
+    found = pickle.loads(refs.read_bytes())
+    root = tmp_path / "root"
+    (root / "refcoco").mkdir(parents=True)
+    (root / "images").symlink_to(data.root / "images")
+    shutil.copyfile(data.root / "refcoco/instances.json", root / "refcoco/instances.json")
+    for sentence in (sentence for ref in found if ref["split"] == "val" for sentence in ref["sentences"]):
+        sentence["sent_id"] = 7
+    (root / "refcoco/refs(unc).p").write_bytes(pickle.dumps(found))
+    run = []
+    name = module_with(monkeypatch, masks=lambda image, s: run.append(s))("masks")
+    with pytest.raises(InputError, match=r"results: sent_id 7 of split val .* is that of several sentences"):
+        evaluate(EvaluateConfig(DataConfig(root), model=name, results=tmp_path / "r.jsonl"))
+    assert not run
+
+
+def test_lines_and_metrics_tell_the_threshold_that_cut(run, data, threshold, tmp_path, monkeypatch, capsys):
+    results, out = tmp_path / "r.jsonl", tmp_path / "m.json"
+    usual = {"threshold": threshold, "sentences": "first"}
+    evaluate(EvaluateConfig(data, run, results=results, out=out, **usual))
+    rows = list(map(json.loads, results.open()))
+    assert {(row["threshold"], row["sentences"]) for row in rows} == {(threshold, "first")}
+    capsys.readouterr()
+    again = scores_of(EvaluateConfig(data, predictions=results, sentences="first"))
+    assert again["evaluation"]["threshold"] == threshold
+    assert (
+        f"probability > {threshold:g}, union of polygons, the first sentence of each ref"
+        in capsys.readouterr().out
+    )
+    with pytest.raises(InputError, match="threshold: does nothing to --predictions"):
+        evaluate(EvaluateConfig(data, predictions=results, **usual))
+    name = module_with(monkeypatch, masks=lambda image, s: np.zeros((len(s), 4, 4), bool))("masks")
+    assert scores_of(EvaluateConfig(data, model=name))["evaluation"]["threshold"] is None
+    assert "own size, masks as given, union" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"threshold: does nothing to the bool masks of my_models:masks"):
+        evaluate(EvaluateConfig(data, model=name, threshold=0.4))
+
+
+def test_masks_of_another_protocol_are_refused(run, data, tmp_path):
+    results = tmp_path / "r.jsonl"
+    evaluate(EvaluateConfig(data, run, protocol="lavt", results=results, out=tmp_path / "m.json"))
+    with pytest.raises(
+        InputError, match=r"r.jsonl:1: its mask was cut and resized by protocol lavt, not metris"
+    ):
+        evaluate(EvaluateConfig(data, predictions=results))
+
+
+def test_grey_pictures_are_no_masks(data, tmp_path):
+    values = np.zeros((8, 8), np.uint8)
+    values[2:, 2:], values[4:, 4:] = 90, 200
+    Image.fromarray(values).save(tmp_path / "p.png")
+    file = tmp_path / "p.jsonl"
+    file.write_text(lines_of(data, lambda rows: rows[0].update(mask="p.png")))
+    with pytest.raises(
+        InputError, match=r"p.jsonl:1: mask .*p.png: has more values than 0 and one other; cut"
+    ):
+        evaluate(EvaluateConfig(data, predictions=file))
+
+
+@pytest.mark.parametrize(
+    ("layout", "dataset", "split_by", "expected"),
+    [
+        ("jsonl", "refcoco", "unc", ("own.jsonl", None)),
+        ("cris", "refcocog", "umd", ("refcocog", "umd")),
+        ("cris", "refcocog_u", "unc", ("refcocog", "umd")),
+    ],
+)
+def test_metrics_name_the_data_set_that_its_files_name(
+    layout, dataset, split_by, expected, tmp_path, monkeypatch
+):
+    """Not the folder that it happens to lie in, nor what the config would mean in another layout."""
+    root = tmp_path / "refcoco"
+    generate(GenerateConfig(root=root, layout=layout, size=48, train=2, val=2, test=1))
+    if layout == "jsonl":
+        next(root.glob("*.jsonl")).rename(root / "own.jsonl")
+    else:
+        for part in ("anns", "masks"):
+            (root / part / "refcoco").rename(root / part / "refcocog_u")
+    place = root / "own.jsonl" if layout == "jsonl" else root
+    name = module_with(monkeypatch, masks=lambda image, s: np.zeros((len(s), 4, 4)))("masks")
+    said = scores_of(EvaluateConfig(DataConfig(place, dataset, split_by), model=name))["evaluation"]
+    assert (said["dataset"], said["split_by"], said["generated"]) == (*expected, True)
+
+
+def test_other_splits_stay_in_the_metrics_of_a_checkpoint(run, data, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    for name in ("metrics.json", "metrics_curves.json"):
+        (folder / name).unlink(missing_ok=True)
+    for splits in ("val", "testA,testB", "val"):
+        evaluate(EvaluateConfig(data, folder, splits=splits))
+    for name in ("metrics.json", "metrics_curves.json"):
+        assert set(json.loads((folder / name).read_text())) == {"val", "testA", "testB"}
+    evaluate(EvaluateConfig(data, folder, splits="val", out=folder / "metrics.json"))
+    assert set(json.loads((folder / "metrics.json").read_text())) == {"val"}
+    (folder / "metrics.json").write_text("[]")
+    with pytest.raises(InputError, match=r"metrics.json: holds \[\], expected scores by split; move it away"):
+        evaluate(EvaluateConfig(data, folder))
+
+
+def test_models_get_a_batch_of_sentences_at_most_and_their_errors_stay_theirs(data, monkeypatch):
+    sizes = []
+
+    def fails(image, sentences):
+        yield np.zeros((4, 4))
+        raise RuntimeError("CUDA out of memory")
+
+    masks = lambda image, s: sizes.append(len(s)) or (np.zeros((4, 4)) for _ in s)
+    name = module_with(monkeypatch, masks=masks, fails=fails)
+    assert scores_of(EvaluateConfig(data, model=name("masks"), batch_size=2))["count"] == sum(sizes)
+    assert max(sizes) == 2
+    with pytest.raises(RuntimeError, match="CUDA out of memory"):
+        evaluate(EvaluateConfig(data, model=name("fails")))
+
+
+def test_tables_show_every_precision_of_the_protocol(run, data, tmp_path, capsys):
+    evaluate(EvaluateConfig(data, run, protocol="rela", out=tmp_path / "m.json"))
+    assert "P@0.7  P@0.8  P@0.9" in capsys.readouterr().out

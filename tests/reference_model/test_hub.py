@@ -1,6 +1,7 @@
 """Hub: what the parquet files of jxu124/refcoco say is what comes out, under REFER's names of the splits."""
 
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -298,3 +299,38 @@ def test_without_pyarrow_the_message_says_what_to_install(tmp_path, monkeypatch)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(InputError, match=r"need pyarrow; pip install 'metris-blocks\[data\]'"):
         Hub(root)
+
+
+BOMB = """
+import resource, sys
+from reference_model.data.hub import Hub
+from reference_model.files import InputError
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    Hub(sys.argv[1])
+except InputError as error:
+    print(error, file=sys.stderr)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+@pytest.mark.parametrize("column", ["raw_anns", "sentences"])
+def test_text_held_once_and_named_often_takes_no_memory(column, tmp_path):
+    """64 cells of 16 MiB are one text in a file of a few kB."""
+    text = "x" * (2**24 + 1)
+    root, found = written(tmp_path, rows() | {"train": []}), row(1, 100, ["it"])
+    found[column] = text if column == "raw_anns" else [found["sentences"][0] | {"raw": text}] * 64
+    table = pa.Table.from_pylist([found] * (64 if column == "raw_anns" else 1), schema=COLUMNS)
+    path = root / "data/train-00000-of-00001-0abc.parquet"
+    parquet.write_table(table, path, compression="zstd")
+    assert path.stat().st_size < 20_000
+    del table
+    run = subprocess.run([sys.executable, "-c", BOMB, root], capture_output=True, text=True)
+    assert int(run.stdout) < 400, run.stdout
+    assert "train-00000-of-00001-0abc.parquet" in run.stderr and run.stderr.count("\n") == 1
+
+
+def test_columns_of_too_many_values_are_refused(tmp_path, monkeypatch):
+    root = written(tmp_path, rows())
+    monkeypatch.setattr(hub_module, "MOST_VALUES", 1)
+    assert "values of INT64; at most 1 of plain" in refusal(root)

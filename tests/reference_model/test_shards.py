@@ -570,3 +570,66 @@ def test_training_needs_a_val_split(scenes, another, tmp_path):
 def test_shards_are_not_cached(shards, another):
     with pytest.raises(InputError, match=r"cache: shards are streamed"):
         train(another(data=DataConfig(shards), cache=True))
+
+
+# ---- what a few bytes could ask for -------------------------------------------------------------
+
+
+def test_many_members_of_a_sample_are_refused_as_they_come(broken):
+    """A tar of zeros compresses to nothing, and a sample is held whole: the third member is not read."""
+    big = bytes(2**22)
+
+    def change(members):
+        extra = [(tarfile.TarInfo(f"000000000.{n}.jpg"), big) for n in range(50)]
+        return [*members[:2], *extra, *members[2:]]
+
+    rewritten(broken, change)
+    tracemalloc.start()
+    assert "has a third member '000000000.0.jpg', expected .json and one image" in refusal(broken)
+    assert tracemalloc.get_traced_memory()[1] < 20 * 2**20
+    tracemalloc.stop()
+
+
+def test_sparse_members_are_refused(broken):
+    """A member of old GNU's sparse kind states its size freely: here 64 MiB in 512 bytes."""
+    path = broken / "train-000000.tar"
+    content = bytearray(path.read_bytes())
+    header = bytearray(tarfile.TarInfo("000000000.jpg").tobuf(tarfile.GNU_FORMAT))
+    header[156:157] = tarfile.GNUTYPE_SPARSE
+    header[483:495] = b"%011o\0" % 2**26
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    path.write_bytes(bytes(header) + content)
+    described(broken, path.name)
+    tracemalloc.start()
+    assert "is sparse; write the shard anew" in refusal(broken)
+    assert tracemalloc.get_traced_memory()[1] < 10 * 2**20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("change", [{"dataset": []}, {"split_by": 3}, {"generated": "no"}])
+def test_origin_of_another_kind_is_refused(change, broken):
+    index = json.loads((broken / "index.json").read_text())
+    index["made_of"] |= change
+    (broken / "index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=rf"index.json has made_of .*{next(iter(change))}"):
+        Shards(broken)
+
+
+def test_addresses_and_answers_that_are_not_http_are_one_line():
+    with pytest.raises(InputError, match=r"http:/+127.0.0.1/a b/index.json: cannot be read"):
+        Shards("http://127.0.0.1/a b")
+
+
+def test_both_forms_of_a_sentence_are_kept(scenes, tmp_path):
+    """In shards, as data.text asks for when they are read."""
+    records = list(read(DataConfig(scenes)).stream("val"))
+    first = records[0]
+    with ShardWriter(tmp_path / "out", 2**20) as writer:
+        writer.write(first.image.read_bytes(), [replace(first, raw=f"{first.expression.upper()}!")])
+        writer.finish({}, {})
+    (sent,), (raw,) = (
+        list(read(DataConfig(tmp_path / "out", text=text)).stream("val")) for text in ("sent", "raw")
+    )
+    assert (sent.expression, sent.raw) == (first.expression, f"{first.expression.upper()}!")
+    assert (raw.expression, raw.raw) == (f"{first.expression.upper()}!", None)

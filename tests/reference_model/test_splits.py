@@ -103,7 +103,7 @@ def test_a_split_of_that_very_name_is_itself(tmp_path):
 
 def test_other_categories_need_lists_of_their_own(tmp_path):
     data = InMemory(tmp_path / "refcoco/refs.p", {"val": [1, 2, 5]}, {1: "square", 5: "circle"})
-    with pytest.raises(InputError, match=r"category 5 is 'circle', not COCO's 'airplane'.*classes.json"):
+    with pytest.raises(InputError, match=r"category 1 is 'square', not COCO's 'person'.*classes.json"):
         data.records("val_seen")
     for place in (tmp_path, tmp_path / "refcoco"):
         place.mkdir(exist_ok=True)
@@ -123,6 +123,9 @@ def test_malformed_lists_are_refused(tmp_path, lists):
 
 
 def test_coco_names_and_no_names_take_the_lists_of_coco(tmp_path):
+    # Also where none of the ids that are held out is named.
+    with pytest.raises(InputError, match=r"category 1 is 'circle', not COCO's 'person'"):
+        seen_and_unseen(tmp_path / "refs.p", {1: "circle", 2: "square", 3: "triangle"})
     for categories in ({}, COCO, {1: "person", 200: "dragon"}):
         found = seen_and_unseen(tmp_path / "refs.p", categories)
         assert found == {True: frozenset(SEEN), False: frozenset(UNSEEN)}
