@@ -209,8 +209,11 @@ def _problem(folder: Path) -> str | None:
 
 
 def _sha256(path: Path) -> str:
+    found = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while part := file.read(2**24):
+            found.update(part)
+    return found.hexdigest()
 
 
 def _dump(value: Any, path: Path) -> None:
