@@ -165,6 +165,8 @@ def as_tar(value):
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w", format=tarfile.GNU_FORMAT) as archive:
         for name, content in value:
+            if type(name) is not str:
+                raise TypeError("no tar has a member of such a name")
             data = content if isinstance(content, bytes) else as_json(content)
             member = tarfile.TarInfo(name)
             member.size = len(data)
