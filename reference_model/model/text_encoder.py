@@ -114,7 +114,8 @@ class TextEncoder(nn.Module):
         if self.causal:
             # The mask says where the sentence closes; ids would not, as CLIP pads with the same EOS.
             last = (language_mask * torch.arange(length, device=states.device)).amax(dim=1)
-            closing = states.take_along_dim(last[:, None, None], dim=1)
+            # gather, as take_along_dim would tie an exported program to the sizes it was traced with.
+            closing = states.gather(1, last[:, None, None].expand(-1, 1, states.shape[-1]))
             states = torch.cat([closing, states[:, 1:]], dim=1)
         return Expression(states, states[:, 0], language_mask)
 
