@@ -33,7 +33,7 @@ class GuidedCLIPSeg(CLIPSegForImageSegmentation):
     def _join(self, layer, args, kwargs):  # VE
         parts = (args[0], None), (self.expression.tokens, self.expression.mask)  # VE
         tokens, mask = GuidanceSet.join(*parts)  # VE
-        return (tokens,), {**kwargs, "attention_mask": mask[:, None, None]}  # VE
+        return (tokens,), {**kwargs, "attention_mask": (~mask)[:, None, None] * -1e9}  # VE
 
     def _leave(self, layer, args, tokens):  # VE
         return tokens[:, : -self.expression.tokens.shape[1]]  # VE

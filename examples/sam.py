@@ -37,7 +37,7 @@ class GuidedSam(SamModel):
 
     def _hide(self, attention, args, kwargs):  # VE
         mask = pad(self.expression.mask, (1 + self.mask_decoder.num_mask_tokens, 0), value=True)  # VE
-        return args, {**kwargs, "attention_similarity": mask[:, None, None]}  # VE
+        return args, {**kwargs, "attention_similarity": (~mask)[:, None, None] * -1e9}  # VE
 
 
 def build() -> GuidedSam:

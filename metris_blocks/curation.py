@@ -140,6 +140,7 @@ class GlobalCue(nn.Module):
             (b, 1 + l, d) tokens and their (b, 1 + l) mask, None where there was none. The cue of a sentence
             without a real token is zero, and masked.
         """
+        check_axes("GlobalCue", language=(language, "b l d"))
         if language_mask is None:
             real = torch.ones(language.shape[:2], dtype=torch.bool, device=language.device)
         else:

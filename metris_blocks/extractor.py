@@ -65,7 +65,8 @@ class VisualExpressionExtractor(nn.Module):
         mask_softmax: Let the softmax of Eq. 5 see curated tokens only; else all (METRIS Table 8b).
         refine: Include Eq. 6 (step 2; METRIS Table 6a).
         relate: Include Eq. 7 (step 3; METRIS Table 6a).
-        global_cue: "first": token 0 is the global cue, as [CLS] is. Else one is put before the l tokens, and
+        global_cue: "first": token 0 is the global cue, as [CLS] is; where padding is on the left, that is
+            padding and curates nothing, so take another. Else one is put before the l tokens, and
             all results have 1 + l rows: "last" (the last real token), "mean" or "learned", as in
             `curation.GlobalCue`.
         backend: As in `masked_attention`; "triton" runs curation and aggregation on its kernels too.

@@ -13,7 +13,8 @@ class GuidanceSet(NamedTuple):
 
     `masked_attention` and `layers.MultiHeadAttention` take ``mask`` as it is, and so does
     `torch.nn.functional.scaled_dot_product_attention` as ``mask[:, None, None]``;
-    `torch.nn.MultiheadAttention` wants ``key_padding_mask=~mask``.
+    `torch.nn.MultiheadAttention` wants ``key_padding_mask=~mask``, and gives NaN where no token takes part:
+    let one do, for they are zero.
     """
 
     tokens: Tensor

@@ -115,7 +115,9 @@ def _is_plain(proj: nn.Module) -> bool:
     """
     hooks = proj._forward_hooks or proj._forward_pre_hooks or proj._backward_hooks or proj._backward_pre_hooks
     # Weights that wrap other tensors, quantised or sharded ones, know how to be multiplied, and little else.
-    return type(proj) is nn.Linear and not hooks and not hasattr(proj.weight, "__tensor_flatten__")
+    # accelerate's hooks put another forward on the instance.
+    own = "forward" not in vars(proj)
+    return type(proj) is nn.Linear and own and not hooks and not hasattr(proj.weight, "__tensor_flatten__")
 
 
 class FeedForward(nn.Sequential):

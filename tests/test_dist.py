@@ -1,6 +1,7 @@
 """What `make dist` built: everything a user needs, nothing else, and an import that is quick."""
 
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -56,13 +57,17 @@ def test_wheel_asks_for_torch_and_einops_alone(wheel):
     version = {"__version__": ""}
     exec((ROOT / "metris_blocks/__init__.py").read_text().rsplit("\n", 2)[1], version)
     assert about["Version"] == version["__version__"]
-    assert f"version: {about['Version']}\n" in (ROOT / "CITATION.cff").read_text()
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"version: {about['Version']}\n" in citation
+    assert re.findall(r"^ *status: (.*)$", citation, re.MULTILINE) == [
+        "submitted"
+    ]  # a word of CFF 1.2's list
 
 
 def test_sdist_holds_sources_and_tests_and_nothing_that_was_made(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    assert names >= tracked(*ROOMS, "tests") | {
+    assert names >= tracked(*ROOMS, "tests", "examples") | {
         "CITATION.cff",
         "THIRD_PARTY_NOTICES.md",
         "LICENSE",

@@ -7,6 +7,7 @@ turns a photo and a sentence into inputs lies in the file as JSON, under "metris
 """
 
 import json
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -152,7 +153,9 @@ def load_exported(
         config = build(ModelConfig, about["model"], source=f"{file}, model")
         with tempfile.TemporaryDirectory() as folder:
             for name, text in about["tokenizer"].items():
-                (Path(folder) / Path(name).name).write_text(text, encoding="utf-8")
+                if not re.fullmatch(r"\w+\.(json|txt)", name):
+                    raise InputError(f"{file}: holds {name!r} among its tokenizer's files; export it again")
+                (Path(folder) / name).write_text(text, encoding="utf-8")
             tokenizer = load_tokenizer(Path(folder))
         model = ExportedMetris(run, tuple(about["grid"]), tuple(about["extent"]), torch.device(device))
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:

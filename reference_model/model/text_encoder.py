@@ -144,7 +144,9 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         if not (said or _json(folder / "config.json").get("model_type")):
             kind = CLIPTokenizer if clip else BertTokenizer
     try:
-        tokenizer = kind.from_pretrained(str(source), local_files_only=folder.is_dir())
+        # Never code that came with a tokenizer, nor a question whether to run it.
+        options = {"local_files_only": folder.is_dir(), "trust_remote_code": False}
+        tokenizer = kind.from_pretrained(str(source), **options)
     except Exception as error:
         raise InputError(_no_weights("tokenizer", source, error)) from error
     problem = ""
