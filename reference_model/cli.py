@@ -108,6 +108,8 @@ def main(arguments: list[str] | None = None) -> int:
         name, *rest = arguments
         if rest and f"{name} {rest[0]}" in COMMANDS:
             name, rest = f"{name} {rest[0]}", rest[1:]
+        if parts := [command for command in COMMANDS if command.startswith(f"{name} ")]:
+            raise InputError(f"{name}: needs a second word, {' or '.join(parts)}")
         if name not in COMMANDS:
             raise InputError(f"unknown command {name}, expected one of {', '.join(COMMANDS)}")
         config = parse(name, rest)
@@ -163,7 +165,7 @@ def parse(name: str, arguments: list[str]) -> Any:
     if expressions and "expression" not in known_keys(config_class):
         refuse_unknown(parser.prog, "expression", config_class)
     sources = [_source(name, path, config_class) for path in files]
-    keys = [*known_keys(config_class), "help", "config", "preset", "print_config"]
+    keys = [*known_keys(config_class), "help", "config", "preset", "print_config", "data.help"]
     for argument in overrides:
         key = argument.removeprefix("--").split("=")[0].removesuffix("+")
         inside_mapping = key.rsplit(".", 1)[0].endswith("_options")

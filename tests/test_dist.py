@@ -59,9 +59,8 @@ def test_wheel_asks_for_torch_and_einops_alone(wheel):
     assert about["Version"] == version["__version__"]
     citation = (ROOT / "CITATION.cff").read_text()
     assert f"version: {about['Version']}\n" in citation
-    assert re.findall(r"^ *status: (.*)$", citation, re.MULTILINE) == [
-        "submitted"
-    ]  # a word of CFF 1.2's list
+    # One of the words that CFF 1.2 lists.
+    assert re.findall(r"^ *status: (.*)$", citation, re.MULTILINE) == ["submitted"]
 
 
 def test_sdist_holds_sources_and_tests_and_nothing_that_was_made(sdist):

@@ -35,6 +35,7 @@ _STYLE = {
     "legend.frameon": False,
     "pdf.fonttype": 42,  # letters stay text
     "image.interpolation": "nearest",
+    "text.parse_math": False,  # "$" in a sentence is a dollar
 }
 Arguments = ParamSpec("Arguments")
 

@@ -7,6 +7,7 @@ turns a photo and a sentence into inputs lies in the file as JSON, under "metris
 """
 
 import json
+import pickle
 import re
 import tempfile
 import warnings
@@ -47,6 +48,9 @@ _REFUSALS = (
     AssertionError,
     LookupError,
     ArithmeticError,
+    ImportError,
+    EOFError,
+    pickle.UnpicklingError,
 )
 
 

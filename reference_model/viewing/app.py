@@ -24,7 +24,7 @@ from reference_model.figures import COLOURS, TRUTH, dimmed, heated, spread, tint
 from reference_model.files import InputError
 from reference_model.model.checkpoint import Checkpoint
 from reference_model.viewing.explain import Encoded, Explanation, encode, explain, unknown_words
-from reference_model.viewing.runs import data_of, picture, spaced_images
+from reference_model.viewing.runs import data_config, data_of, picture, spaced_images
 
 PALETTE = (*COLOURS, TRUTH)
 LEAST, SIDE, TILE = 480, 768, 256
@@ -331,7 +331,10 @@ def _notice(said: str) -> str:
 def _examples(run: Path, source: gr.Image, text: gr.Textbox) -> None:
     """Offer images of the run's data set with a sentence each, where that is still there."""
     try:
-        groups = spaced_images(data_of(run, None), "val", 4)
+        if str(data_config(run).root).startswith("http"):
+            return  # the page speaks to no other computer
+        reader = data_of(run, None)
+        groups = [] if reader.streamed else spaced_images(reader, "val", 4)
     except InputError:
         return
     rows = [[str(g[0].image), g[0].expression] for g in groups if isinstance(g[0].image, Path)]

@@ -76,12 +76,15 @@ def report(config: ReportConfig) -> Path:
         image_size=checkpoint.config.image_size,
         max_tokens=checkpoint.config.max_tokens,
         device=device,
+        on_error=reader.on_error,
     )
     protocol = PROTOCOLS["metris"]
     metrics, curve = SegmentationMetrics(protocol), PrecisionRecall()
     breakdown, samples = Breakdown(protocol, reader.categories), []
     records = [record for group in groups for record in group]
-    for scored in Evaluator(protocol).outcomes(predictor, records, metrics, curve, title="report"):
+    for scored in Evaluator(protocol, on_error=reader.on_error).outcomes(
+        predictor, records, metrics, curve, title="report"
+    ):
         breakdown.add(scored.record, scored.outcome)
         withdrawn = scored.no_target is not None and scored.no_target > 0.5
         mask = scored.mask & (not withdrawn)

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -29,19 +30,34 @@ SIDE = 480
 def data_of(run: Path, given: DataConfig | None) -> Reader:
     """Read the data set that was given, or else the one that a run was trained on.
 
+    Where no more than a root was given, that is where the run's data set is now.
+
     Raises:
         InputError: The run names none, or it cannot be read.
     """
-    if given is not None:
+    if given is not None and given != DataConfig(given.root, workers=given.workers):
         return read(given)
+    config = data_config(run)
+    if given is not None:
+        return read(replace(config, root=given.root, workers=given.workers))
+    try:
+        return read(config)
+    except InputError as error:
+        raise InputError(
+            f"{error} (the data of {run / CONFIG}); or give --data.root, where they are now"
+        ) from error
+
+
+def data_config(run: Path) -> DataConfig:
+    """Tell what a run was trained on.
+
+    Raises:
+        InputError: It does not say.
+    """
     path = run / CONFIG
     if not path.is_file():
         raise InputError(f"checkpoint {run}: has no {CONFIG}; give the folder that train wrote")
-    try:
-        config = build(DataConfig, read_yaml(path, DataConfig, section="data"), source=str(path))
-        return read(config)
-    except InputError as error:
-        raise InputError(f"{error} (the data of {path}); or give --data.root, where they are now") from error
+    return build(DataConfig, read_yaml(path, DataConfig, section="data"), source=str(path))
 
 
 def log_of(run: Path) -> list[dict[str, Any]]:
@@ -60,7 +76,8 @@ def log_of(run: Path) -> list[dict[str, Any]]:
 
 def losses(rows: Sequence[dict[str, Any]]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Give the steps (k) of a log, and its losses (k) by name; NaN where a row lacks one."""
-    named = {"total": "total", "loss": "total", "mask": "mask", "contrastive": "contrastive (Eq. 4)"}
+    named = {"total": "total", "mask": "mask", "contrastive": "contrastive (Eq. 4)"}
+    named |= {"no_target": "no target"}
     number = lambda value: float(value) if isinstance(value, int | float) else math.nan
     found = {
         name: np.array([number(row.get(key)) for row in rows])
@@ -81,7 +98,8 @@ def spaced_images(reader: Reader, split: str, count: int) -> list[list[Record]]:
         raise InputError(f"{reader.source}: split {split!r} has no records; choose another")
     wanted = {ids[i] for i in np.linspace(0, len(ids) - 1, min(count, len(ids))).round().astype(int)}
     kept = [record for record in reader.stream(split) if record.image_id in wanted]
-    kept.sort(key=lambda record: ids.index(record.image_id))
+    place = {image_id: number for number, image_id in enumerate(ids)}
+    kept.sort(key=lambda record: place[record.image_id])
     return [list(group) for _, group in groupby(kept, key=lambda record: record.image_id)]
 
 

@@ -104,6 +104,7 @@ def test_help_needs_no_torch():
     ("arguments", "says"),
     [
         (["trian"], "unknown command trian, expected one of generate, train, evaluate, predict"),
+        (["data"], "data: needs a second word, data check or data show"),
         (["train", "--model.raito", "0.3"], "unknown key model.raito, did you mean model.ratio?"),
         (["train", "--preset", "metris_tinny"], "preset metris_tinny: unknown, did you mean metris_tiny?"),
         (["train", "--data.root", "x", "--model.ratio", "much"], "model.ratio"),

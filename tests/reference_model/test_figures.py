@@ -16,6 +16,8 @@ from matplotlib.text import Text
 from reference_model import figures as draw
 from reference_model.cli import main
 from reference_model.data.config import DataConfig
+from reference_model.data.synthetic.config import GenerateConfig
+from reference_model.data.synthetic.export import generate
 from reference_model.figures.style import HEAT
 from reference_model.files import InputError
 from reference_model.model.build import build_metris
@@ -118,6 +120,14 @@ def test_comparison_marks_the_mask_and_nothing_else(image, masks):
     assert axes[2].get_xlabel() == f"IoU {shared.sum() / whole.sum():.2f}"
 
 
+@pytest.mark.parametrize("said", ["sign $_$ left", "a $5 bill and a $10 bill"])
+def test_dollars_in_a_sentence_are_dollars(image, masks, said, tmp_path):
+    figure = draw.comparison([image], [said], [masks[0]], {"a $_$ run": [masks[1]]})
+    figure.savefig(tmp_path / "f.png")
+    shown = [text for text in figure.findobj(Text) if said in " ".join(text.get_text().split())]
+    assert shown and not any(text.get_parse_math() for text in shown)
+
+
 def test_comparison_refuses_rows_that_do_not_match(image, masks):
     with pytest.raises(ValueError, match=r"got \[1, 2\] rows"):
         draw.comparison([image], ["a", "b"], masks[:1], {"one": masks[:1]})
@@ -170,6 +180,18 @@ def test_score_by_ratio_draws_its_points_and_intervals_in_per_cent():
     (bars,) = found["b"].lines[2]
     assert np.allclose([s[:, 1] for s in bars.get_segments()], [[30, 50], [50, 90]])
     assert any(np.allclose(line.get_xdata(), 30) for line in axes.lines)  # the trained r, marked
+
+
+def test_root_alone_tells_where_the_data_set_of_a_run_is_now(tmp_path):
+    """And not another one of that folder."""
+    root = generate(GenerateConfig(root=tmp_path / "now", scenes="refcoco+", size=96, train=2, val=1, test=1))
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("data:\n  root: /gone\n  dataset: refcoco+\n  text: raw\n")
+    reader = data_of(run, DataConfig(root))
+    assert "refcoco+" in str(reader.source) and reader.text == "raw"
+    with pytest.raises(InputError, match="refcocog"):
+        data_of(run, DataConfig(root, dataset="refcocog", split_by="umd"))
 
 
 def test_log_is_read_as_far_as_it_goes(tmp_path):
