@@ -31,11 +31,12 @@ def refuse_unwritable(path: str | Path) -> None:
 
 
 @contextmanager
-def written_whole(path: str | Path) -> Iterator[Path]:
+def written_whole(path: str | Path, *, flush: bool = True) -> Iterator[Path]:
     """Give a temporary path beside ``path``, and move it onto ``path`` once the block ends well.
 
     The block writes a file or makes a folder there. If it raises, ``path`` stays as it was. A folder
-    that stood at ``path`` is replaced whole.
+    that stood at ``path`` is replaced whole. With ``flush`` all of it is on the disk before it has its name:
+    a machine that loses power keeps the old one or the new. A data set of many files is sooner made again.
 
     Raises:
         InputError: The place cannot be written.
@@ -51,8 +52,7 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     try:
         fresh = room / path.name
         yield fresh
-        # On the disk before it has its name: a machine that loses power keeps the old one or the new.
-        for part in (fresh, *fresh.rglob("*")):
+        for part in (fresh, *fresh.rglob("*")) if flush else ():
             _flush(part)
         if not (fresh.is_dir() and path.is_dir()):
             os.replace(fresh, path)

@@ -111,7 +111,7 @@ def _write_lines(
         raise InputError(f"{folder}: is there already; choose another --out or remove it")
     with (
         written_whole(out) as fresh,
-        written_whole(folder) if reader.streamed else nullcontext(folder) as images,
+        written_whole(folder, flush=False) if reader.streamed else nullcontext(folder) as images,
         fresh.open("w", encoding="utf-8") as file,
     ):
         if reader.streamed:
@@ -184,7 +184,10 @@ def _write_shards(
 ) -> tuple[Counts, int]:
     """Write one sample an image, with its bytes as they are."""
     counts, left_out = {}, 0
-    with written_whole(config.out) as fresh, ShardWriter(fresh, config.shard_size * 2**20) as writer:
+    with (
+        written_whole(config.out, flush=False) as fresh,
+        ShardWriter(fresh, config.shard_size * 2**20) as writer,
+    ):
         for split in splits:
             count = counts[split] = {"sentences": 0, "refs": 0, "images": 0}
             # Where records hold their images, few can wait: such layouts have those of an image together.

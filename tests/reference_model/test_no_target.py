@@ -296,7 +296,7 @@ def test_scores_of_records_that_all_have_a_target_are_as_before(any_run, any_dat
 @pytest.mark.parametrize("logit", [-1.0, 1.0])
 def test_pictures_and_json_say_no_target(any_run, any_data, tmp_path, monkeypatch, capsys, logit):
     checkpoint, titles = with_decision(load_checkpoint(any_run), logit), []
-    monkeypatch.setattr(viewing, "load_checkpoint", lambda *_, **__: checkpoint)
+    monkeypatch.setattr(viewing, "load", lambda *_, **__: checkpoint)
     drawn = viewing.captioned
     monkeypatch.setattr(
         viewing,
@@ -333,7 +333,9 @@ def test_best_weights_are_those_of_the_best_giou(any_data, run_config, tmp_path,
         Evaluator, "score", lambda *_, **__: evaluations.append(1) or next(scored) | {"oIoU": 0.0}
     )
     save = training.save_weights
-    monkeypatch.setattr(training, "save_weights", lambda *a: saved.append(len(evaluations)) or save(*a))
+    monkeypatch.setattr(
+        training, "save_weights", lambda *a, **k: saved.append(len(evaluations)) or save(*a, **k)
+    )
     size = len(read(any_data).records("train")) // 2
     train(replace(run_config, data=any_data, out=tmp_path / "r", steps=6, batch_size=size, evaluate_every=1))
     assert saved == [1, 2]  # by mIoU it would be the first and the third

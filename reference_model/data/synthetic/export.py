@@ -77,7 +77,7 @@ def generate(config: GenerateConfig) -> Path:
         print(f"{config.root}: up to date", file=sys.stderr)
         return config.root
     jobs = list(_jobs(config))
-    with written_whole(config.root.resolve()) as root:
+    with written_whole(config.root.resolve(), flush=False) as root:
         folder = root / PICTURES
         folder.mkdir(parents=True)
         with _mapping(config.workers) as mapping:
