@@ -8,8 +8,8 @@ from typing import Any
 
 from reference_model.files import InputError, refuse_unwritable, written_whole
 from reference_model.viewing.config import PlotConfig
+from reference_model.viewing.runs import LOG, log_of
 
-LOG = "log.jsonl"
 _LOSSES = {"total": "-", "mask": "--", "contrastive": ":", "no_target": "-."}
 _SCORES = {"mIoU": "-", "oIoU": "--", "gIoU": ":"}
 
@@ -39,19 +39,9 @@ def entries(run: Path) -> list[dict[str, Any]]:
     Raises:
         InputError: There is none, or nothing in it yet.
     """
-    try:
-        lines = (run / LOG).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or "not text"
-        raise InputError(f"{run / LOG}: cannot be read ({why}); give the folder of a run") from error
-    found = []
-    for line in lines:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-            found.append(entry)
+    if not (run / LOG).is_file():
+        raise InputError(f"{run / LOG}: cannot be read (No such file or directory); give the folder of a run")
+    found = log_of(run)
     if not found:
         raise InputError(f"{run / LOG}: logs no step yet; wait for the first line")
     return found
