@@ -345,10 +345,16 @@ def test_compile_compiles_the_model_once(another, monkeypatch):
 
 
 @pytest.mark.slow
-def test_compiled_run_learns_the_same(run, another):
-    weights = weights_of(another(compile=True))
-    for name, tensor in load_checkpoint(run).model.state_dict().items():
-        torch.testing.assert_close(weights[name], tensor, rtol=1e-2, atol=1e-3)
+def test_compiled_run_learns_the_same(another):
+    """By its losses: Adam moves a weight whose gradient is all but zero by the sign of a rounding."""
+    losses = []
+    for name in ("eager", "compiled"):
+        config = another(compile=name == "compiled", log_every=1, out=another().out.parent / name)
+        entries = map(json.loads, (train(config) / "log.jsonl").read_text().splitlines())
+        losses.append([(entry["total"], entry["gradient_norm"]) for entry in entries if "total" in entry])
+    eager, compiled = map(torch.tensor, losses)
+    assert len(eager) == len(compiled) == 4
+    torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-5)
 
 
 def test_channels_last_is_a_layout_and_no_other_run(run, another, held):
