@@ -14,12 +14,13 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from zipfile import BadZipFile
 
 import torch
 from torch import Tensor, nn
 
+from metris_blocks.ops import top_r_mask
 from reference_model.configs import build
 from reference_model.files import InputError, written_whole
 from reference_model.model.checkpoint import Checkpoint, load_checkpoint, pick_device
@@ -33,7 +34,7 @@ Run = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 INPUTS = ("image", "token_ids", "language_mask", "image_index")
 OUTPUTS = ("logits", "scores", "dynamic_mask", "no_target")
 TOLERANCE = 1e-4
-"""How far the logits of a program may be from the model's, relative to the largest or to 1."""
+"""How far the numbers of a program may be from the model's, relative to the largest or to 1."""
 
 _KEY = "metris"
 # [CLS], a word, [SEP].
@@ -54,6 +55,17 @@ _REFUSALS = (
 )
 
 
+class Agreement(NamedTuple):
+    """How a program and its model answer the same sentences."""
+
+    differences: dict[str, float]
+    """The largest of each output that is a number; of logits among sentences with the same curated tokens."""
+    sentences: int
+    """How many were asked."""
+    turned: int
+    """How many of them have other curated tokens, by scores that rounding put in another order."""
+
+
 def export_program(model: METRIS) -> torch.export.ExportedProgram:
     """Trace a model in evaluation, with batch and words open.
 
@@ -72,21 +84,18 @@ def export_program(model: METRIS) -> torch.export.ExportedProgram:
     if words > _SHORTEST:
         words = torch.export.Dim("words", min=_SHORTEST, max=config.max_tokens)
     shapes = ({0: images}, {0: sentences, 1: words}, {0: sentences, 1: words}, {0: sentences})
-    training = model.training
     try:
-        with torch.no_grad():
+        with _evaluating(model), torch.no_grad():
             # Not strict: Python runs as it is, and what transformers' code does between tensors is no matter.
             return torch.export.export(
-                _Flat(model.eval()), tuple(example.values()), dynamic_shapes=shapes, strict=False
+                _Flat(model), tuple(example.values()), dynamic_shapes=shapes, strict=False
             )
     except _REFUSALS as error:
         names = f"image encoder {config.image_encoder}, text encoder {config.text_encoder}"
         raise InputError(f"{names}: cannot be exported ({_line(error)})") from error
-    finally:
-        model.train(training)
 
 
-def save_exported(model: METRIS, file: Path, *, format: Format, recipe: Mapping[str, Any]) -> float:
+def save_exported(model: METRIS, file: Path, *, format: Format, recipe: Mapping[str, Any]) -> Agreement:
     """Export a model with its tokenizer, hold the file against the model, and put it in place if they agree.
 
     Args:
@@ -96,10 +105,11 @@ def save_exported(model: METRIS, file: Path, *, format: Format, recipe: Mapping[
         recipe: What the file shall say besides, such as how a photo becomes an ``image``; JSON.
 
     Returns:
-        The largest difference of a logit from the model's, among sentences with the same curated tokens.
+        How the file agrees with the model in evaluation.
 
     Raises:
-        InputError: The model cannot be exported, a package is missing, or the file differs from the model.
+        InputError: The model cannot be exported, a package is missing, or the file differs from the model: by
+            more than `TOLERANCE` in a number, or in its selection by more than a near tie.
     """
     weights = sum(x.nbytes for x in model.state_dict().values())
     if format == "onnx" and weights > _ONNX_BYTES:
@@ -107,13 +117,13 @@ def save_exported(model: METRIS, file: Path, *, format: Format, recipe: Mapping[
         raise InputError(f"{file}: the model has {size}; use --format pt2")
     with _written_out(model) if format == "onnx" else nullcontext():
         program = export_program(model)
-    about = json.dumps(_about(model, recipe), ensure_ascii=False)
-    with written_whole(file) as fresh:
+    with _evaluating(model), written_whole(file) as fresh:
+        about = json.dumps(_about(model, recipe), ensure_ascii=False)
         if format == "onnx":
             _save_onnx(program, fresh, about)
         else:
             torch.export.save(program, fresh, extra_files={f"{_KEY}.json": about})
-        return _difference(model, load_exported(fresh, format=format), file)
+        return agreement(model, load_exported(fresh, format=format), file)
 
 
 def load(source: Path, *, device: str = "cpu") -> Checkpoint:
@@ -165,6 +175,49 @@ def load_exported(
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise InputError(f"{file}: does not say how to use it ({_line(error)}); export it again") from error
     return Checkpoint(model, tokenizer, config)
+
+
+def agreement(model: METRIS, exported: Checkpoint, file: Path) -> Agreement:
+    """Hold a program against its model, on other sizes than it was traced with.
+
+    Scores differ by rounding, and where two are as near as that, the last token kept and the first one left
+    may change places; what follows from it is no error of the program. Any other selection is one: index by
+    index it must be the top r of the program's scores, and these must be the model's.
+
+    Args:
+        model: In evaluation, on the CPU.
+        exported: What it became.
+        file: Its name, for the message.
+
+    Raises:
+        InputError: An output is missing, differs by more than `TOLERANCE`, or selects otherwise.
+    """
+    config = model.config
+    inputs = _example(config, images=1, sentences=3, words=min(9, config.max_tokens))
+    with torch.no_grad():
+        mine, theirs = model(*inputs.values()), exported.model(*inputs.values())
+    same = torch.ones(len(mine.logits), dtype=torch.bool)
+    if mine.dynamic_mask is not None and theirs.dynamic_mask is not None and theirs.scores is not None:
+        cues = mine.dynamic_mask.any(dim=-1, keepdim=True)
+        if not theirs.dynamic_mask.equal(top_r_mask(theirs.scores, config.ratio) & cues):
+            raise InputError(f"{file}: not written, what it selects is not the top r of its own scores")
+        same = (mine.dynamic_mask == theirs.dynamic_mask).flatten(1).all(dim=1)
+        if not same.any():
+            raise InputError(
+                f"{file}: not written, near ties in every sentence asked leave nothing to compare"
+            )
+    found: dict[str, float] = {}
+    for name in ("scores", "logits", "no_target"):
+        one, other = getattr(mine, name), getattr(theirs, name)
+        if (one is None) != (other is None):
+            raise InputError(f"{file}: not written, only one of it and the model has {name}")
+        if one is None:
+            continue
+        kept = slice(None) if name == "scores" else same
+        found[name] = (one - other)[kept].abs().max().item()
+        if not found[name] <= TOLERANCE * max(1.0, one.abs().max().item()):
+            raise InputError(f"{file}: not written, its {name} differ from the model's by {found[name]:.2g}")
+    return Agreement(found, len(same), int((~same).sum()))
 
 
 class ExportedMetris:
@@ -239,6 +292,17 @@ def _about(model: METRIS, recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
+def _evaluating(model: METRIS) -> Iterator[None]:
+    training = {part: part.training for part in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for part, was in training.items():
+            part.training = was
+
+
+@contextmanager
 def _written_out(model: METRIS) -> Iterator[None]:
     """Write attention out in transformers' Swin: what its fused kernel becomes, ONNX Runtime refuses."""
     backbone = model.image_encoder.backbone
@@ -305,22 +369,6 @@ def _open_pt2(file: Path, device: torch.device | str) -> tuple[Run, str]:
         program = move_to_device_pass(program, str(device))
     module = program.module()
     return lambda inputs: module(*inputs.values()), extra[f"{_KEY}.json"] or "{}"
-
-
-def _difference(model: METRIS, exported: Checkpoint, file: Path) -> float:
-    """Hold a program against its model, on other sizes than it was traced with."""
-    config = model.config
-    inputs = _example(config, images=1, sentences=3, words=min(9, config.max_tokens))
-    with torch.no_grad():
-        mine, theirs = model(*inputs.values()), exported.model(*inputs.values())
-    same = torch.ones(3, dtype=torch.bool)
-    if mine.dynamic_mask is not None:
-        # Another order of sums may turn a near tie; what follows from it is no error of the program.
-        same = (mine.dynamic_mask == theirs.dynamic_mask).all(dim=-1).all(dim=-1)
-    difference = (mine.logits - theirs.logits)[same].abs().max().item() if same.any() else float("nan")
-    if not difference <= TOLERANCE * max(1.0, mine.logits.abs().max().item()):
-        raise InputError(f"{file}: not written, its logits differ from the model's by {difference:.2g}")
-    return difference
 
 
 def _missing(what: str, error: ModuleNotFoundError) -> InputError:

@@ -5,7 +5,7 @@ import json
 from reference_model.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from reference_model.files import InputError, refuse_unwritable
 from reference_model.model.checkpoint import load_checkpoint
-from reference_model.model.export import save_exported
+from reference_model.model.export import Agreement, save_exported
 from reference_model.viewing.config import ExportConfig
 
 RECIPE = {
@@ -28,9 +28,19 @@ def export(config: ExportConfig) -> None:
         raise InputError(f"out {config.out}: must end in .{config.format}, by which predict knows the format")
     refuse_unwritable(config.out)
     model = load_checkpoint(config.checkpoint).model
-    difference = save_exported(model, config.out, format=config.format, recipe=RECIPE)
+    found = save_exported(model, config.out, format=config.format, recipe=RECIPE)
     size = config.out.stat().st_size
     if config.json:
-        print(json.dumps({"out": str(config.out), "bytes": size, "largest_difference": difference}))
+        print(json.dumps({"out": str(config.out), "bytes": size, **found._asdict()}))
     else:
-        print(f"{config.out}: {size / 2**20:.1f} MiB, logits within {difference:.1g} of PyTorch's")
+        within = ", ".join(f"{name} within {value:.1g}" for name, value in found.differences.items())
+        print(f"{config.out}: {size / 2**20:.1f} MiB, {within} of PyTorch's; {selection(found)}")
+
+
+def selection(found: Agreement) -> str:
+    """Say how the selections of a program and its model compare."""
+    if "scores" not in found.differences:
+        return "it selects nothing"
+    if not found.turned:
+        return f"the same tokens selected for all {found.sentences} sentences"
+    return f"near ties turned, and logits not compared, in {found.turned} of {found.sentences} sentences"

@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -17,10 +18,12 @@ from reference_model.data.transforms import open_image
 from reference_model.files import InputError
 from reference_model.model import export
 from reference_model.model.build import build_metris
-from reference_model.model.checkpoint import load_checkpoint
+from reference_model.model.checkpoint import Checkpoint, load_checkpoint
 from reference_model.model.config import ModelConfig
+from reference_model.model.metris import METRIS
 from reference_model.model.text_encoder import build_tokenizer
 from reference_model.training.config import TrainConfig
+from reference_model.viewing.export import selection
 from reference_model.viewing.predict import answers
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -150,6 +153,88 @@ def undone(function, model, bias):
         return function(*args, **kwargs)
 
     return run
+
+
+class Held(NamedTuple):
+    """A model, and what a perfect program of it answers."""
+
+    model: METRIS
+    answers: dict[str, torch.Tensor | None]
+    kept: int
+    """The first token kept, each before it is left; the scores rise."""
+
+    def agree(self, **changes: torch.Tensor | None) -> export.Agreement:
+        """Hold the model against a program that answers otherwise in some outputs."""
+        answers = {name: x for name, x in (self.answers | changes).items() if x is not None}
+        program = export.ExportedMetris(lambda _: answers, (4, 4), (64, 64), torch.device("cpu"))
+        return export.agreement(self.model, Checkpoint(program, None, self.model.config), Path("a.onnx"))
+
+
+def held(small: ModelConfig, *, gap: float = 0.1) -> Held:
+    """Make a model whose scores rise by a tenth a token, and by ``gap`` to the first one kept."""
+    torch.manual_seed(0)
+    model = build_metris(replace(small, no_target=True)).eval()
+    n = (small.image_size // 16) ** 2
+    kept = n - int(top_r_mask(torch.zeros(1, 1, n), model.config.ratio).sum())
+    ladder = torch.arange(n) / 10
+    ladder[kept:] += gap - 0.1
+
+    def climb(_, __, out):
+        scores = ladder.expand(out.scores.shape).clone()
+        real = out.dynamic_mask.any(dim=-1, keepdim=True)
+        return out._replace(scores=scores, dynamic_mask=top_r_mask(scores, model.config.ratio) & real)
+
+    model.register_forward_hook(climb)
+    with torch.no_grad():
+        out = model(*export._example(model.config, images=1, sentences=3, words=9).values())
+    return Held(model, {name: getattr(out, name) for name in export.OUTPUTS}, kept)
+
+
+def moved(x: torch.Tensor, *at: int, by: float) -> torch.Tensor:
+    x = x.clone()
+    x[at] += by
+    return x
+
+
+def test_program_that_agrees_is_told_from_one_that_does_not(small):
+    case = held(small)
+    logits, scores, _, nothing = case.answers.values()
+    assert case.agree() == ({"scores": 0, "logits": 0, "no_target": 0}, 3, 0)
+    found = case.agree(logits=moved(logits, 1, 5, 5, by=5e-5), no_target=moved(nothing, 0, by=-3e-5))
+    assert found.differences == pytest.approx({"scores": 0, "logits": 5e-5, "no_target": 3e-5}, rel=0.1)
+    for says, changes in {
+        "its logits differ": {"logits": moved(logits, 2, 5, 5, by=1e-2)},
+        "its logits differ.*nan": {"logits": moved(logits, 2, 5, 5, by=float("nan"))},
+        "its no_target differ": {"no_target": moved(nothing, 1, by=1e-2)},
+        "its scores differ": {"scores": moved(scores, 1, 1, 0, by=-1e-3)},
+        "only one of it and the model has no_target": {"no_target": None},
+        "only one of it and the model has scores": {"scores": None, "dynamic_mask": None},
+    }.items():
+        with pytest.raises(InputError, match=rf"a\.onnx: not written, .*{says}"):
+            case.agree(**changes)
+
+
+def test_selection_may_differ_by_a_near_tie_alone(small):
+    near, far = held(small, gap=1e-6), held(small, gap=1e-2)
+    logits, scores, mask, nothing = near.answers.values()
+    turned = mask.clone()
+    turned[0, 1, near.kept - 1 : near.kept + 1] = turned[0, 1, near.kept - 1 : near.kept + 1].flip(0)
+    # With the model's own scores it is no top r, however near.
+    with pytest.raises(InputError, match="selects is not the top r of its own scores"):
+        near.agree(dynamic_mask=turned)
+    over = moved(far.answers["scores"], 0, 1, far.kept - 1, by=2e-2)
+    with pytest.raises(InputError, match="its scores differ"):
+        far.agree(dynamic_mask=turned, scores=over)
+    # What follows from a near tie is of its sentence alone.
+    follows = {"logits": moved(logits, 0, 3, 3, by=1.0), "no_target": moved(nothing, 0, by=1.0)}
+    program = {"dynamic_mask": turned, "scores": moved(scores, 0, 1, near.kept - 1, by=2e-6)} | follows
+    found = near.agree(**program)
+    assert found.turned == 1 and found.differences["logits"] == found.differences["no_target"] == 0
+    assert selection(found) == "near ties turned, and logits not compared, in 1 of 3 sentences"
+    with pytest.raises(InputError, match="its logits differ"):
+        near.agree(**program | {"logits": moved(logits, 1, 3, 3, by=1.0)})
+    with pytest.raises(InputError, match="selects is not the top r of its own scores"):
+        near.agree(**program | {"dynamic_mask": mask})
 
 
 @pytest.mark.parametrize("backend", ["triton", "xformers"])
