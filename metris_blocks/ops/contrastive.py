@@ -1,5 +1,6 @@
 """Pixel contrastive loss: the global cue's relevance, supervised by the target mask (METRIS Eq. 4)."""
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -10,6 +11,8 @@ from metris_blocks.ops.shapes import at_least_float32, check_axes, check_mask
 
 # Far beyond any cosine over a temperature, and small enough that sums over an image stay finite.
 _LARGEST_LOGIT = 1e30
+# PyTorch's default calls softplus(x) = x beyond 20, an error of 2e-9 that float64 would see.
+_softplus = partial(F.softplus, threshold=40)
 
 
 def pixel_contrastive_loss(
@@ -55,7 +58,10 @@ def pixel_contrastive_loss(
     with torch.autocast(scores.device.type, enabled=False):
         logits = at_least_float32(scores) / temperature
         logits = logits.clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT)
-        loss = F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype), reduction="none")
+        target = target.to(logits.dtype)
+        # -log σ(x) is softplus(-x), which ONNX has; log σ would be Log(Sigmoid(x)) there, 1e-3 off at -10 and
+        # infinite from -18 on.
+        loss = target * _softplus(-logits) + (1 - target) * _softplus(logits)
     if valid is not None:
         loss = loss.masked_fill(~valid, 0)
     if reduction == "none":

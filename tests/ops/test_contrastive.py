@@ -80,6 +80,16 @@ def test_target_and_background_are_mirror_images(size, seed):
     assert_equal(mirrored, pixel_contrastive_loss(scores, target, 0.2), largest=5)
 
 
+def test_calling_a_cell_target_or_background_differs_by_its_logit():
+    # -log(1 - σ(x)) + log σ(x) = x, and beyond 20 too, where PyTorch's softplus(x) would be x.
+    scores = torch.linspace(-60, 60, 241, dtype=torch.float64)[None]
+    background, target = (
+        pixel_contrastive_loss(scores, torch.full_like(scores, share), 1.0, reduction="none")
+        for share in (0.0, 1.0)
+    )
+    assert_equal(background - target, scores)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("temperature", [1e-30, 0.07, 1.0, 1e30])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
