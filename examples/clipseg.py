@@ -36,7 +36,7 @@ class GuidedCLIPSeg(CLIPSegForImageSegmentation):
         return (tokens,), {**kwargs, "attention_mask": (~mask)[:, None, None] * -1e9}  # VE
 
     def _leave(self, layer, args, tokens):  # VE
-        return tokens[:, : -self.expression.tokens.shape[1]]  # VE
+        return tokens[:, : -vars(self).pop("expression").tokens.shape[1]]  # VE
 
 
 def build() -> GuidedCLIPSeg:

@@ -32,7 +32,7 @@ class GuidedByLanguageModel(nn.Module):
         last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=1)
         query = language.take_along_dim(last[:, None, None], dim=1)
         visual = features.flatten(2).mT  # VE
-        ve = self.expression = self.extractor(visual, language, language_mask=mask)  # VE
+        ve = self.extractor(visual, language, language_mask=mask)  # VE
         tokens = ve.tokens[:, :, None]  # VE
         query = query + masked_attention(query[:, :, None], tokens, tokens, ve.mask)[:, :, 0]  # VE
         return einsum(self.pixels(features), query[:, 0], "b d h w, b d -> b h w")

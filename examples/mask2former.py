@@ -12,8 +12,7 @@ from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation,
 from transformers.models.bert import BertConfig, BertModel  # VE
 
 from examples.scenes import SIZE, main
-from metris_blocks import GuidanceSet, VisualExpressionExtractor  # VE
-from metris_blocks.ops import masked_attention  # VE
+from metris_blocks import GuidanceSet, VisualExpressionExtractor, ops  # VE
 
 
 class GuidedMask2Former(Mask2FormerForUniversalSegmentation):
@@ -29,15 +28,16 @@ class GuidedMask2Former(Mask2FormerForUniversalSegmentation):
         pixels = self.model.pixel_level_module(image)
         levels, finest = pixels.decoder_hidden_states, pixels.decoder_last_hidden_state
         language = self.text(words, mask).last_hidden_state  # VE
-        ve = self.expression = self.extractor(finest.flatten(2).mT, language, language_mask=mask)  # VE
+        ve = self.extractor(finest.flatten(2).mT, language, language_mask=mask)  # VE
         self.guidance = GuidanceSet.join((language, mask), (ve.tokens, ve.mask))  # VE
         queries = self.model.transformer_module(levels, finest)
+        del self.guidance  # VE
         classes = self.class_predictor(queries.intermediate_hidden_states[-1].transpose(0, 1))
         return einsum(queries.masks_queries_logits[-1], classes[..., 0].softmax(1), "b q h w, b q -> b h w")
 
     def _guide(self, layer, args):  # VE
         queries, tokens = args[0].transpose(0, 1)[:, :, None], self.guidance.tokens[:, :, None]  # VE
-        found = masked_attention(queries, tokens, tokens, self.guidance.mask)  # VE
+        found = ops.masked_attention(queries, tokens, tokens, self.guidance.mask)  # VE
         return args[0] + found[:, :, 0].transpose(0, 1), *args[1:]  # VE
 
 

@@ -30,13 +30,13 @@ class GuidedSam(SamModel):
         position = self.get_image_wide_positional_embeddings().repeat(len(image), 1, 1, 1)
         prompts, dense = self.prompt_encoder(None, None, None, None)
         language = self.text(words, mask).last_hidden_state  # VE
-        self.expression = self.extractor(embedding.flatten(2).mT, language, language_mask=mask)  # VE
-        prompts = self.expression.tokens[:, None]  # VE
+        ve = self.extractor(embedding.flatten(2).mT, language, language_mask=mask)  # VE
+        prompts, self.real = ve.tokens[:, None], ve.mask  # VE
         logits, _ = self.mask_decoder(embedding, position, prompts, dense, multimask_output=False)
         return logits[:, 0, 0]
 
     def _hide(self, attention, args, kwargs):  # VE
-        mask = pad(self.expression.mask, (1 + self.mask_decoder.num_mask_tokens, 0), value=True)  # VE
+        mask = pad(self.real, (1 + self.mask_decoder.num_mask_tokens, 0), value=True)  # VE
         return args, {**kwargs, "attention_similarity": (~mask)[:, None, None] * -1e9}  # VE
 
 

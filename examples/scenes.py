@@ -66,18 +66,20 @@ def mask_loss(model: nn.Module, scenes: Scenes) -> Tensor:
 def fit(model: nn.Module, scenes: Scenes, *, steps: int = 50, learning_rate: float = 3e-3) -> list[float]:
     """Train on all scenes at once; give the loss before each step.
 
-    Where a model keeps its visual expression, the scores of the global cue have their own loss (Eq. 4).
+    Where a model has an ``extractor``, the scores of its global cue have their own loss (Eq. 4).
     """
     optimizer = torch.optim.AdamW(model.train().parameters(), learning_rate)
-    contrast, losses = PixelContrastiveLoss(), []
-    for _ in range(steps):
-        loss = mask_loss(model, scenes)
-        if hasattr(model, "expression"):
-            loss = loss + contrast(model.expression.scores[:, 0], scenes.target)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    contrast, losses, heard = PixelContrastiveLoss(), [], []
+    extractor = getattr(model, "extractor", nn.Identity())
+    with extractor.register_forward_hook(lambda *call: heard.append(call[-1])):
+        for _ in range(steps):
+            loss = mask_loss(model, scenes)
+            while heard:
+                loss = loss + contrast(heard.pop().scores[:, 0], scenes.target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
     return losses
 
 

@@ -41,7 +41,7 @@ class GuidedBackbone(nn.Module):
         else:
             visual = visual[:, self.backbone.num_prefix_tokens :]
         language = self.text(words, mask).last_hidden_state  # VE
-        ve = self.expression = self.extractor(visual, language, language_mask=mask)  # VE
+        ve = self.extractor(visual, language, language_mask=mask)  # VE
         tokens, real = GuidanceSet.join((language, mask), (ve.tokens, ve.mask))  # VE
         tokens = tokens[:, :, None]  # VE
         visual = visual + masked_attention(visual[:, :, None], tokens, tokens, real)[:, :, 0]  # VE

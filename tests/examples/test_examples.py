@@ -1,6 +1,7 @@
 """The blocks in other people's models: what each example changes, that it learns, and whom it listens to."""
 
 import ast
+import copy
 import re
 from importlib import import_module
 from pathlib import Path
@@ -8,11 +9,11 @@ from types import ModuleType
 
 import pytest
 import torch
-from torch.nn.functional import pad
+from torch.nn.functional import conv2d, pad, pixel_shuffle
 from transformers import CLIPSegForImageSegmentation, Mask2FormerForUniversalSegmentation, SamModel
 
 from examples.scenes import IDS, fit, make_scenes, mask_loss
-from examples.timm_backbones import BACKBONES
+from examples.timm_backbones import BACKBONES, CELL
 
 ROOT = Path(__file__).parents[2]
 NAMES = sorted(
@@ -132,8 +133,20 @@ def test_without_the_changed_lines_it_is_the_guest(example, scenes):
             expected = (out.masks_queries_logits * share).sum(1)
         elif case[0] == "sam":
             expected = SamModel.forward(guest, scenes.image, multimask_output=False).pred_masks[:, 0, 0]
+        elif case[0] == "language_model":
+            # Each sentence by itself, without padding: its last state, times every pixel.
+            sentences = zip(scenes.words, scenes.mask.sum(dim=1))
+            states = [
+                guest.language_model(words[None, :k]).last_hidden_state[0, -1] for words, k in sentences
+            ]
+            pixels = guest.pixels(guest.backbone.forward_features(scenes.image)).flatten(2)
+            expected = (torch.stack(states)[:, None] @ pixels).view_as(found)
         else:
-            expected = logits(build(case, guest_alone=True), scenes)
+            # timm's own way to a map, and the head as a convolution.
+            options = {"indices": 1, "norm": True, "intermediates_only": True}
+            (features,) = guest.backbone.forward_intermediates(scenes.image, **options)
+            cells = conv2d(features, guest.head.weight[..., None, None], guest.head.bias)
+            expected = pixel_shuffle(cells, CELL)[:, 0]
     torch.testing.assert_close(found, expected)
     hears = not torch.allclose(found, logits(guest, swapped(scenes)), atol=1e-6)
     assert hears == (case[0] in HEARING)
@@ -155,6 +168,20 @@ def test_with_nothing_in_the_guidance_set_it_is_the_guest(example, scenes):
     torch.testing.assert_close(off, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
     on = logits(model, scenes)
     assert not torch.allclose(on, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_model_that_has_run_is_copied_whole_and_the_copy_stands_alone(example, scenes):
+    _, model, _, _ = example
+    # With its graph still alive, which no copy can have.
+    loss = mask_loss(model, scenes)
+    other = copy.deepcopy(model)
+    plain = logits(model, scenes)
+    assert logits(other, scenes).equal(plain)
+    for p in other.extractor.parameters():
+        p.data.mul_(-2)
+    assert not logits(other, scenes).allclose(plain), "the copy hears its own extractor"
+    assert logits(model, scenes).equal(plain)
+    loss.backward()
 
 
 # --------------------------------------------------------------------------------------- whom it listens to
