@@ -319,12 +319,19 @@ def _written_out(model: METRIS) -> Iterator[None]:
 
 def _save_onnx(program: torch.export.ExportedProgram, file: Path, about: str) -> None:
     try:
-        outputs = list(program.call_spec.out_spec.context)
+        from onnxscript import optimizer
+
+        options: dict[str, Any] = {
+            "input_names": INPUTS,
+            "output_names": list(program.call_spec.out_spec.context),
+            # Its search for patterns takes two thirds of the time, and runtimes have their own.
+            "optimize": False,
+        }
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the exporter to its own developers
-            made = torch.onnx.export(
-                program, dynamo=True, verbose=False, input_names=INPUTS, output_names=outputs
-            )
+            made = torch.onnx.export(program, dynamo=True, verbose=False, **options)
+            optimizer.fold_constants(made.model)
+            optimizer.remove_unused_nodes(made.model)
         made.model.metadata_props[_KEY] = about
         made.save(file, external_data=False)
     except ModuleNotFoundError as error:
