@@ -9,10 +9,12 @@ import pdoc
 from torch import nn
 
 import metris_blocks
+from metris_blocks import curation, layers
 
 PICTURE = Path(__file__).with_name("path.svg")
 MODULES = (
     "metris_blocks",
+    "metris_blocks.curation",
     "metris_blocks.ops",
     "metris_blocks.layers",
     # The reference model: how it is built, loaded, called, exported, asked.
@@ -23,8 +25,8 @@ MODULES = (
     "reference_model.model.export",
     "reference_model.viewing.predict",
 )
-_ARGUMENT = re.compile(r"^    (\w+): (\([a-z_, ]*\))( bool)?(.*)$", re.MULTILINE)
-_RESULT = re.compile(r"\(([a-z_, ]*)\)( bool)? ?([^,.;]*)")
+_ARGUMENT = re.compile(r"^    (\w+): (\([a-z_, ]*\))( bool)?,?(.*)$", re.MULTILINE)
+_RESULT = re.compile(r"\(([a-z_1+, ]*)\)( bool)? ?([^,.;]*)")
 
 
 def shape_table(block: type[nn.Module]) -> str:
@@ -43,8 +45,8 @@ def shape_table(block: type[nn.Module]) -> str:
 
 def build(folder: Path) -> None:
     """Write the pages."""
-    for name in metris_blocks.__all__:
-        public = getattr(metris_blocks, name)
+    blocks = [getattr(metris_blocks, name) for name in metris_blocks.__all__]
+    for public in [*blocks, curation.GlobalCue, layers.MultiHeadAttention, layers.AttentionLayer]:
         if issubclass(public, nn.Module):
             # Of this process alone: the docstring in the source says every shape once, in forward.
             public.__doc__ = f"{inspect.cleandoc(public.__doc__)}\n\n**Shapes**\n\n{shape_table(public)}\n"

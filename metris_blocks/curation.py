@@ -111,7 +111,14 @@ class GlobalCue(nn.Module):
 
     "last" is the last real token, which has read all others in a decoder-only language model; "mean" is the
     mean of the real tokens; "learned" weights them by the softmax of their product with a learned query,
-    which starts at zero, as the mean.
+    which starts at zero, as the mean: ``cue = Σ_l w[l] · Q_L[l]``.
+
+    Example:
+        >>> import torch
+        >>> cue = GlobalCue(32, "last")
+        >>> tokens, mask = cue(torch.randn(2, 5, 32), torch.arange(5) < torch.tensor([[5], [3]]))
+        >>> tokens.shape, mask.sum(dim=1).tolist()
+        (torch.Size([2, 6, 32]), [6, 4])
 
     Args:
         language_dim: d, channels of the expression tokens.
@@ -137,7 +144,7 @@ class GlobalCue(nn.Module):
             language_mask: (b, l) bool; True = real token, padding may be left, right or between.
 
         Returns:
-            (b, 1 + l, d) tokens and their (b, 1 + l) mask, None where there was none. The cue of a sentence
+            (b, 1 + l, d) tokens and (b, 1 + l) bool mask, None where there was none. The cue of a sentence
             without a real token is zero, and masked.
         """
         check_axes("GlobalCue", language=(language, "b l d"))

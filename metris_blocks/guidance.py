@@ -9,7 +9,14 @@ from metris_blocks.ops.shapes import check_axes, check_mask, zero_unless_any
 
 
 class GuidanceSet(NamedTuple):
-    """Tokens for a decoder to attend to, g of them, and which of these take part.
+    """Tokens for a decoder to attend to, g of them, and which of these take part: ``G = [Q̂_L, Q̂_V]``.
+
+    Example:
+        >>> import torch
+        >>> words, real = torch.randn(2, 5, 32), torch.arange(5) < torch.tensor([[5], [3]])
+        >>> tokens, mask = GuidanceSet.join((words, real), (torch.randn(2, 4, 32), None))
+        >>> tokens.shape, mask.sum(dim=1).tolist()
+        (torch.Size([2, 9, 32]), [9, 7])
 
     `masked_attention` and `layers.MultiHeadAttention` take ``mask`` as it is, and so does
     `torch.nn.functional.scaled_dot_product_attention` as ``mask[:, None, None]``;

@@ -19,6 +19,15 @@ Norm = Literal["pre", "none"]
 class MultiHeadAttention(nn.Module):
     """Multi-head attention from ``dim``-wide queries to ``context_dim``-wide keys and values.
 
+    ``MHA = concat_h(softmax(Q_h K_hᵀ/√e + M) V_h) W + b``; Q is of ``x``, K and V of ``context``,
+    and e = dim / heads.
+
+    Example:
+        >>> import torch
+        >>> attention = MultiHeadAttention(32, 64, num_heads=4)
+        >>> attention(torch.randn(2, 5, 32), torch.randn(2, 49, 64), torch.rand(2, 49) > 0.5).shape
+        torch.Size([2, 5, 32])
+
     With ``backend="auto"`` the key and value projections are absorbed (`absorbed_attention`) whenever that
     takes fewer multiply-adds (`absorbs`); the parameters and the result are the same either way. Projections
     that are more than an `nn.Linear` (LoRA, quantised, pruned, hooked) are called, never absorbed.
@@ -53,7 +62,16 @@ class MultiHeadAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(b, l, dim), (b, n, context_dim), (b, l, n) or (b, n) bool -> (b, l, dim). All finite."""
+        """Attend; all inputs are finite.
+
+        Args:
+            x: (b, l, dim) tokens that ask.
+            context: (b, n, context_dim) tokens that are attended to.
+            mask: (b, l, n) bool, or (b, n) for all l alike; True = takes part. None: all do.
+
+        Returns:
+            (b, l, dim).
+        """
         attend = self._absorbed if self._absorbs(x, context) else self._projected
         out: Tensor = self.dropout(self.out_proj(attend(x, context, mask)))
         return out
@@ -141,6 +159,12 @@ class AttentionLayer(nn.Module):
 
     ``x̂ = MHA(x, context, mask) + x``, then ``MLP(x̂) + x̂``.
 
+    Example:
+        >>> import torch
+        >>> layer = AttentionLayer(32, num_heads=4)
+        >>> layer(torch.randn(2, 5, 32), mask=torch.rand(2, 5, 5) > 0.5).shape
+        torch.Size([2, 5, 32])
+
     Args:
         dim: Channels of ``x`` and of the result.
         context_dim: Channels of the context. None: self-attention, the context is ``x`` itself.
@@ -175,7 +199,16 @@ class AttentionLayer(nn.Module):
         self.mlp = FeedForward(dim, mlp_ratio=mlp_ratio, dropout=dropout)
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """(b, l, dim), (b, n, context_dim) or None, (b, l, n) or (b, n) bool -> (b, l, dim)."""
+        """Attend, then the MLP; all inputs are finite.
+
+        Args:
+            x: (b, l, dim) tokens.
+            context: (b, n, context_dim) tokens that are attended to. None: ``x``, n = l.
+            mask: (b, l, n) bool, or (b, n) for all l alike; True = takes part. None: all do.
+
+        Returns:
+            (b, l, dim).
+        """
         normed = self.attention_norm(x)
         x = x + self.attention(normed, normed if context is None else context, mask)
         out: Tensor = x + self.mlp(self.mlp_norm(x))

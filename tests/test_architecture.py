@@ -176,8 +176,8 @@ def test_config_files_load_without_torch():
 
 
 @pytest.mark.parametrize("stem", BLOCK_STEMS)
-def test_every_block_has_a_test_and_a_benchmark(stem):
-    assert (ROOT / "tests/blocks" / f"test_{stem}.py").exists()
+def test_every_block_has_a_test_that_compiles_it_and_a_benchmark(stem):
+    assert "assert_compiles_once(" in (ROOT / "tests/blocks" / f"test_{stem}.py").read_text()
     # A guidance set is torch.cat: there is nothing to be faster than.
     assert stem == "guidance" or (ROOT / "benchmarks" / f"bench_{stem}.py").exists()
 

@@ -140,10 +140,11 @@ def test_learned_cue_learns_also_beside_an_empty_sentence():
     assert out.tokens[2].eq(0).all() and not out.mask[2].any()
 
 
+@pytest.mark.parametrize("backend", ["auto", "eager"])
 @pytest.mark.parametrize("cue", CUES)
 @given(lengths=st.tuples(*[st.integers(1, 4)] * 3), more=st.integers(0, 3), seed=seeds)
-def test_padding_on_either_side_changes_nothing(cue, lengths, more, seed):
-    guest, (visual, language) = extractor(global_cue=cue), inputs(seed)
+def test_padding_on_either_side_changes_nothing(cue, backend, lengths, more, seed):
+    guest, (visual, language) = extractor(global_cue=cue, backend=backend), inputs(seed)
     width = 4 + more
     results = {}
     for side in ("left", "right"):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from metris_blocks import GuidanceSet
 from metris_blocks.ops import masked_attention
-from tests.conftest import assert_equal
+from tests.conftest import assert_compiles_once, assert_equal
 from tests.strategies import normal, paddings, seeds, sizes
 
 
@@ -54,6 +54,15 @@ def test_what_padding_holds_has_no_gradient():
     others = normal(1, 2, 4, 3).requires_grad_()
     GuidanceSet.join((words, mask), (others, None)).tokens.square().sum().backward()
     assert words.grad[~mask].eq(0).all() and words.grad[mask].ne(0).all() and others.grad.ne(0).all()
+
+
+def test_compiles_once_for_all_sizes():
+    cases = []
+    for b, l, s in ((2, 3, 5), (4, 6, 7)):
+        mask = torch.arange(l) < l - torch.arange(b)[:, None] % 3
+        cases.append(((normal(0, b, l, 8).requires_grad_(), mask, normal(1, b, s, 8).requires_grad_()), {}))
+    join = lambda words, mask, others: GuidanceSet.join((words, mask), (others, None))
+    assert_compiles_once(join, cases)
 
 
 def test_refuses_what_does_not_fit():
