@@ -26,7 +26,7 @@ MODULES = (
     "reference_model.viewing.predict",
 )
 _ARGUMENT = re.compile(r"^    (\w+): (\([a-z_, ]*\))( bool)?,?(.*)$", re.MULTILINE)
-_RESULT = re.compile(r"\(([a-z_1+, ]*)\)( bool)? ?([^,.;]*)")
+_RESULT = re.compile(r"\(([a-z_1+, ]*)\)( bool)? ?([^,.;(]*)")
 
 
 def shape_table(block: type[nn.Module]) -> str:
@@ -38,7 +38,8 @@ def shape_table(block: type[nn.Module]) -> str:
         for name, axes, boolean, rest in _ARGUMENT.findall(arguments)
     ]
     for axes, boolean, rest in _RESULT.findall(returns.split("Raises:")[0]):
-        rows.append(("returns", f"({axes})", "bool" if boolean else "float", rest.strip()))
+        what = rest.strip().removesuffix(" and")
+        rows.append(("returns", f"({axes})", "bool" if boolean else "float", what))
     lines = ["| `forward` | axes | dtype | what |", "|---|---|---|---|"]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 

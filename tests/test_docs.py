@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from torch import nn
@@ -58,7 +59,10 @@ def test_page_of_a_block_has_its_equation_shapes_and_example(name, pages):
     given = {re.sub(r"<[^>]+>", "", argument): axes for argument, axes in rows}
     # What is a tensor by its annotation is a row; what is returned is one too.
     tensors = {key for key, kind in block.forward.__annotations__.items() if "Tensor" in str(kind)}
-    assert tensors - {"return"} <= set(given) and "returns" in given
+    assert tensors - {"return"} <= set(given)
+    result = block.forward.__annotations__["return"]
+    results = len(getattr(result, "_fields", get_args(result) or [result]))
+    assert [argument for argument, _ in rows].count("returns") == results
     assert all(re.fullmatch(r"\(([a-z_]+(, (1 \+ )?[a-z_]+)*)?\)", axes) for axes in given.values())
 
 
