@@ -37,7 +37,7 @@ COMMANDS = {
     "data check": ("data.config:CheckConfig", "data.check:check"),
     "data show": ("viewing.config:ShowConfig", "viewing.samples:show"),
     "app": ("viewing.config:AppConfig", "app:app"),
-    "figures": ("viewing.config:FiguresConfig", "viewing.figures:figures"),
+    "figures": ("viewing.config:FiguresConfig", "viewing.run_figures:figures"),
     "report": ("viewing.config:ReportConfig", "viewing.report:report"),
     "info": ("viewing.config:InfoConfig", "info:info"),
     "completion": ("viewing.config:CompletionConfig", "completion:completion"),

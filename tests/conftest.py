@@ -13,8 +13,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from metris_blocks.ops.backends import triton
 
 torch.set_num_threads(1)
-# Tests fork processes that train. A backward pass whose engine starts after a fake tensor was made (compile and
-# export make them) counts a fake CUDA device, starts a thread for it, and forbids autograd in every fork.
+# Tests fork processes that train. A backward pass whose engine starts after a fake tensor was made (compile
+# and export make them) counts a fake CUDA device, starts a thread for it, and forbids autograd in every fork.
 torch.ones((), requires_grad=True).backward()
 settings.register_profile(
     "house",

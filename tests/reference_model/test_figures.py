@@ -28,7 +28,7 @@ from reference_model.scoring.evaluate import evaluate
 from reference_model.scoring.evaluator import Evaluator
 from reference_model.scoring.metris_predictor import MetrisPredictor
 from reference_model.viewing.explain import _within, encode, explain, unknown_words, with_ratio
-from reference_model.viewing.figures import embeddings, sweep, trained
+from reference_model.viewing.run_figures import embeddings, sweep, trained
 from reference_model.viewing.runs import data_of, image_of, log_of, losses, spaced_images
 
 H, W = 20, 30

@@ -16,7 +16,7 @@ from reference_model.scoring.config import EvaluateConfig
 from reference_model.scoring.evaluate import evaluate
 from reference_model.viewing.report import FAILED, Sample, _gallery
 from reference_model.viewing.runs import data_of, spaced_images
-from tests.reference_model.browser import opened
+from tests.reference_model.browser import opened, screenshot
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ class _Outward(HTMLParser):
         self.found += [v for k, v in attrs if k in ("src", "href", "srcset") and not v.startswith("data:")]
 
 
-def test_report_in_the_browser_asks_for_nothing_and_has_every_part(file, scored, tmp_path):
+def test_report_in_the_browser_asks_for_nothing_and_has_every_part(file, scored):
     scores, rows = scored
     with opened(file.as_uri()) as (page, seen):
         page.wait_for_function("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
@@ -71,7 +71,7 @@ def test_report_in_the_browser_asks_for_nothing_and_has_every_part(file, scored,
         }
         page.locator("summary").click()
         config = page.locator("pre").inner_text()
-        page.screenshot(path=tmp_path / "report.png", full_page=True)
+        screenshot(page, "report", full_page=True)
     assert {urlparse(url).scheme for url in seen.requests} <= {"file", "data"} and seen.errors == []
     assert sum(url.startswith("file") for url in seen.requests) == 1
     for wanted in (
