@@ -162,7 +162,7 @@ def tiles(encoded: Encoded, found: Explanation, kind: str) -> tuple[str, list[tu
         "attention to LE": (found.to_language and found.to_language[-1], found.tokens),
         "attention to VE": (found.to_visual and found.to_visual[-1], found.visual_tokens),
     }[kind]
-    if maps is None:
+    if maps is None or not len(maps):
         return f"This model has no {kind}.", []
     low, high = float(maps.min()), float(maps.max())
     said = f"Dark blue is {low:.2f}, yellow {high:.2f}: "

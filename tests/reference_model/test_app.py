@@ -276,6 +276,44 @@ def test_opacity_writes_no_files_and_resizes_no_mask(checkpoint, photos, monkeyp
     assert {path: Path(path).stat().st_mtime_ns for path in cut.files} == written
 
 
+@pytest.mark.parametrize(
+    ("changes", "lacks"),
+    [
+        ({"guidance": "enhanced_le"}, {"relevance", "curated tokens", "attention to VE"}),
+        ({"guidance": "enhanced_le+pixels"}, {"relevance", "curated tokens", "attention to VE"}),
+        ({"guidance": "ve", "no_target": True}, {"attention to LE"}),
+        ({"cues": "local"}, set()),
+    ],
+)
+def test_page_of_another_network_shows_what_it_has_and_says_what_it_lacks(changes, lacks, variant, photos):
+    """Without any server: what the page's own functions give."""
+    other = load_checkpoint(variant("app", **changes))
+    page = web_page.blocks(other, Path("run"))
+    fns = {fn.name: fn.fn for fn in page.fns.values()}
+    found = fns["find"](str(photos[0]), "star\nthe circle", 0.5, 0.6, 0.3, "relevance", web_session.Session())
+    session = found[1]
+    assert session.sentences == ["star", "the circle"] and len(session.cut.rows) == 2
+    for row, one, mask in zip(session.cut.rows, session.found, session.cut.masks, strict=True):
+        assert (row["no_target"] is None) == ("no_target" not in changes)
+        assert mask.any() <= (one.no_target is None or one.no_target <= 0.5)
+    words = session.found[1]
+    for kind in web_session.MAPS:
+        said, tiles = web_session.tiles(session.encoded, words, kind)
+        assert (not tiles and "This model has no" in said) == (kind in lacks)
+        if tiles:
+            expected = words.visual_tokens if kind == "attention to VE" else words.tokens
+            assert [label.rsplit(":", 1)[0] for _, label in tiles] == expected
+    if changes.get("cues") == "local":
+        assert "[CLS]" not in words.visual_tokens and len(words.visual_tokens) == len(words.tokens) - 1
+    said, _ = web_session.tiles(session.encoded, words, "attention to LE")
+    share = np.mean(words.to_language[-1].sum(axis=0)) if words.to_language else 0
+    if changes.get("guidance") == "enhanced_le+pixels":
+        assert f"LE get {share:.0%} of it, visual tokens the rest" in said and share < 0.999
+    recurated = fns["recurate"](0.5, 0.6, 0.9, 0, "relevance", session)
+    curates = "curated tokens" not in lacks
+    assert (recurated[1] == gr.skip()) == (not curates) and session.ratio == (0.9 if curates else None)
+
+
 # ------------------------------------------------------------------------- what a visitor may not ask for
 
 FAR = "https://example.com/secret.png"
