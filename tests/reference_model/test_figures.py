@@ -480,8 +480,8 @@ def test_figures_of_a_run_have_the_scores_of_evaluate(bold_run, scenes, tmp_path
 
 
 @pytest.fixture
-def unsaved(monkeypatch):
-    """Figures are drawn but their files left empty: 300 dots per inch take most of the time."""
+def quick(monkeypatch):
+    """A t-SNE of few pixels, and figures that are drawn but whose files are left empty: both take seconds."""
 
     def save(figure, stem):
         stem.parent.mkdir(parents=True, exist_ok=True)
@@ -491,6 +491,7 @@ def unsaved(monkeypatch):
         return paths
 
     monkeypatch.setattr(draw, "save", save)
+    monkeypatch.setattr(run_figures, "_PIXELS", 8)
 
 
 def drawn_by(folder, out, capsys, *more):
@@ -525,7 +526,7 @@ def drawn_by(folder, out, capsys, *more):
         ({"guidance": "ve"}, {"attention"}),
     ],
 )
-@pytest.mark.usefixtures("unsaved")
+@pytest.mark.usefixtures("quick")
 def test_figure_that_does_not_apply_is_left_out_in_one_line(changes, lacks, variant, tmp_path, capsys):
     folder = variant("other", **changes)
     with pytest.warns(UserWarning, match="not drawn") as caught:
@@ -561,7 +562,7 @@ def test_words_that_curate_nothing_have_no_ve_token_to_draw(variant, group):
         assert np.abs(total - 1).max() < 1e-5
 
 
-@pytest.mark.usefixtures("unsaved")
+@pytest.mark.usefixtures("quick")
 def test_targets_that_cover_no_cell_cost_the_t_sne_alone(bold_run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(run_figures, "embeddings", lambda *_, **__: None)
     with pytest.warns(UserWarning, match="embeddings: not drawn, no target covers a cell"):
@@ -580,13 +581,13 @@ def damaged(scenes, tmp_path):
     return root, len(first), sum(map(len, groups))
 
 
-@pytest.mark.usefixtures("unsaved")
+@pytest.mark.usefixtures("quick")
 def test_broken_image_stops_figures_or_is_left_out_and_counted(bold_run, damaged, tmp_path, capsys):
     root, gone, whole = damaged
     given = ["figures", "--checkpoint", str(bold_run), "--data.root", str(root), "--out", str(tmp_path / "f")]
     assert main(given) == 2
     assert "not an image of a known kind" in capsys.readouterr().err and not (tmp_path / "f").exists()
-    skip = [*given, "--data.on_error", "skip", "--ratios", "0.3", "--json"]
+    skip = [*given, "--data.on_error", "skip", "--ratios", "0.3", "--count", "1", "--json"]
     with pytest.warns(UserWarning, match=f"; {gone} of {whole} sentences left out"):
         assert main(skip) == 0
     found = json.loads(capsys.readouterr().out)
