@@ -11,6 +11,7 @@ from typing import Any
 
 from reference_model.configs import (
     PRESETS,
+    Help,
     Parser,
     known_keys,
     preset_file,
@@ -147,7 +148,8 @@ def parse(name: str, arguments: list[str]) -> Any:
     parser = Parser(
         prog=f"metris {name}",
         description=config_class.__doc__,
-        epilog="examples: " + "  ·  ".join(shown),
+        epilog="\n  ".join(["examples:", *shown]),
+        formatter_class=Help,
     )
     parser.add_argument(
         "--config",

@@ -152,7 +152,10 @@ class InfoConfig:
 
 @dataclass(frozen=True)
 class CompletionConfig:
-    """Print a script that completes commands, options and choices: ``metris completion bash``."""
+    """Print a script that completes commands, options and choices: ``metris completion bash``.
+
+    The folder it is written to has to be there (mkdir -p); for zsh it is one of those in $fpath.
+    """
 
     shell: Literal["bash", "zsh"]
     """Shell that shall read it."""

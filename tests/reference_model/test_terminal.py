@@ -28,28 +28,51 @@ from reference_model.viewing.runs import spaced_images
 
 
 def options(config, prefix=""):
-    """Dotted names of the fields that --help lists; of optional groups the group."""
+    """Dotted names of all fields with their types, and the optional groups, whose fields stand apart."""
     types = typing.get_type_hints(config)
     for field in dataclasses.fields(config):
-        if dataclasses.is_dataclass(types[field.name]):
-            yield from options(types[field.name], f"{prefix}{field.name}.")
-        else:
-            yield f"{prefix}{field.name}"
+        kinds = (types[field.name], *typing.get_args(types[field.name]))
+        nested = next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
+        if nested is None or nested is not kinds[0]:
+            yield f"{prefix}{field.name}", kinds
+        if nested is not None:
+            yield from options(nested, f"{prefix}{field.name}.")
+
+
+def helped(name, capsys, *arguments):
+    """What a help says of each option, and the whole."""
+    with pytest.raises(SystemExit):
+        parse(name, list(arguments))
+    shown = capsys.readouterr().out
+    parts = re.split(r"\n  (?=--)", shown.split("examples:")[0])
+    return {part.split()[0].rstrip(","): " ".join(part.split()) for part in parts[1:]}, shown
+
+
+UNIT_OR_RANGE = re.compile(
+    r"\b(pixels|MiB|steps?|epochs|sentences|images|pictures|tokens|ids|channels|layers|heads|samples|shapes|rows"
+    r"|entries|processes|pieces|states|evaluations|passes|rounds|at least|or more)\b|> 0|in [\[(]",
+    re.IGNORECASE,
+)
+PURE_NUMBERS = {"learning_rate", "image_encoder_lr", "text_encoder_lr", "poly_power", "weight_decay", "seed"}
+PURE_NUMBERS |= {"clip_norm", "contrastive_weight", "no_target_weight"}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_option_has_words_and_a_default_and_the_command_an_example(name, capsys):
-    with pytest.raises(SystemExit):
-        parse(name, ["--help"])
-    shown = capsys.readouterr().out
-    parts = re.split(r"\n  (?=--)", shown.split("options:")[1].split("examples:")[0])
-    said = {part.split()[0].rstrip(","): " ".join(part.split()) for part in parts}
-    for option in options(load(COMMANDS[name][0])):
+def test_every_option_has_words_a_unit_and_a_default_and_the_command_an_example(name, capsys):
+    said, shown = helped(name, capsys, "--help")
+    for option, kinds in options(load(COMMANDS[name][0])):
+        group = f"--{option.split('.')[0]}"
+        if f"--{option}" not in said and f"{group}.help" in said:  # of an optional group
+            said |= helped(name, capsys, f"{group}.help")[0]
         text = said.get(f"--{option}", "")
         assert "(required" in text or "default: " in text, f"{name} --{option} tells no default: {text!r}"
         words = text.split("(type")[0].split("(required")[0].split()
         assert len(words) >= 3, f"{name} --{option} is not explained: {text!r}"
-    assert f"examples: metris {name}" in " ".join(shown.split())
+        if {int, float} & {*kinds} and option.split(".")[-1] not in PURE_NUMBERS:
+            assert UNIT_OR_RANGE.search(text.split("(type")[0]), f"{name} --{option} tells no unit: {text!r}"
+    lines = [line.strip() for line in shown.split("examples:")[1].splitlines() if line.strip()]
+    assert lines == [f"metris {name} {example}".strip() for example in EXAMPLES[name]]
+    assert "<class" not in shown and " None: " not in " ".join(shown.split())
 
 
 @pytest.mark.parametrize(
