@@ -265,15 +265,15 @@ def test_every_control_says_that_an_image_is_gone_but_not_before_there_was_one(n
     assert "press Find" in told(0) and told(None) == gr.skip()
 
 
-def test_opacity_writes_no_files_and_resizes_no_mask(checkpoint, photos, monkeypatch):
+def test_opacity_writes_no_files_and_makes_no_mask(blocks, checkpoint, photos, monkeypatch):
+    (repaint,) = {fn.fn for fn in blocks.fns.values() if fn.name == "repaint"}
     session = ask(checkpoint, photos[0], "star")
     cut = web_session.cut_at(session, 0.3)
-    written = {path: Path(path).stat().st_mtime_ns for path in cut.files}
     monkeypatch.setattr(web_session, "_written", None)
     monkeypatch.setattr(Explanation, "mask", None)
-    clear, full = (np.asarray(web_session.painted(session.cut, share)) for share in (0.0, 1.0))
-    assert (clear == cut.shown).all() and (full[cut.masks[0]] == web_session.PALETTE[0]).all()
-    assert {path: Path(path).stat().st_mtime_ns for path in cut.files} == written
+    (_, clear), (_, full) = (repaint(share, 0, session) for share in (0.0, 1.0))
+    assert (np.asarray(clear) == cut.shown).all()
+    assert (np.asarray(full)[cut.masks[0]] == web_session.PALETTE[0]).all() and cut.masks[0].any()
 
 
 @pytest.mark.parametrize(
