@@ -193,8 +193,9 @@ def test_root_alone_tells_where_the_data_set_of_a_run_is_now(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.yaml").write_text("data:\n  root: /gone\n  dataset: refcoco+\n  text: raw\n")
-    reader = data_of(run, DataConfig(root))
-    assert "refcoco+" in str(reader.source) and reader.text == "raw"
+    for on_error in ("stop", "skip"):
+        reader = data_of(run, DataConfig(root, on_error=on_error, workers=2))
+        assert "refcoco+" in str(reader.source) and reader.text == "raw" and reader.on_error == on_error
     with pytest.raises(InputError, match="refcocog"):
         data_of(run, DataConfig(root, dataset="refcocog", split_by="umd"))
 
