@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from reference_model.model.checkpoint import load_checkpoint
-from reference_model.viewing import app
+from reference_model.viewing import web_session
 
 SENTENCES = ("the red circle", "biggest star", "left most thing\nthe green square\na triangle")
 
@@ -21,15 +21,16 @@ def main() -> None:
     parser.add_argument("image", type=Path, help="image of any size")
     parser.add_argument("--rounds", type=int, default=20, help="answers after the first (default: 20)")
     given = parser.parse_args()
-    checkpoint, session, seconds = load_checkpoint(given.run), app.Session(), []
+    checkpoint, session, seconds = load_checkpoint(given.run), web_session.Session(), []
     with tempfile.TemporaryDirectory() as folder:
         session.folder = folder
         for i in range(given.rounds + 1):
             begin = time.perf_counter()
             lines = SENTENCES[i % len(SENTENCES)]
-            session = app._answered(checkpoint, str(given.image), lines, checkpoint.config.ratio, session)
-            app._masks(checkpoint, session, 0.5, 0.6)
-            app._words(session.encoded, session.found[0], app.MAPS[i % len(app.MAPS)])
+            session = web_session.asked(checkpoint, str(given.image), lines, checkpoint.config.ratio, session)
+            web_session.painted(web_session.cut_at(session, 0.5), 0.6)
+            kind = web_session.MAPS[i % len(web_session.MAPS)]
+            web_session.tiles(session.encoded, session.found[0], kind)
             seconds.append(time.perf_counter() - begin)
     first, *after = seconds
     print(

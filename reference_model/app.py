@@ -32,11 +32,11 @@ def app(config: AppConfig) -> None:
     _refuse_taken(config.host, config.port)
     device = pick_device(config.device)
     folder = demo_run(config.demo) if config.checkpoint is None else config.checkpoint
-    checkpoint = load_checkpoint(folder, device=device)
     print("starting; this takes some seconds", file=sys.stderr, flush=True)
-    from reference_model.viewing import app as page
+    checkpoint = load_checkpoint(folder, device=device)
+    from reference_model.viewing import web_page
 
-    page.serve(page.blocks(checkpoint, folder), host=config.host, port=config.port)
+    web_page.serve(web_page.blocks(checkpoint, folder), host=config.host, port=config.port)
 
 
 def demo_run(folder: Path, *, data: GenerateConfig = DEMO, steps: int | None = None) -> Path:

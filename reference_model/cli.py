@@ -11,6 +11,7 @@ from typing import Any
 
 from reference_model.configs import (
     PRESETS,
+    Help,
     Parser,
     known_keys,
     preset_file,
@@ -37,7 +38,7 @@ COMMANDS = {
     "data check": ("data.config:CheckConfig", "data.check:check"),
     "data show": ("viewing.config:ShowConfig", "viewing.samples:show"),
     "app": ("viewing.config:AppConfig", "app:app"),
-    "figures": ("viewing.config:FiguresConfig", "viewing.figures:figures"),
+    "figures": ("viewing.config:FiguresConfig", "viewing.run_figures:figures"),
     "report": ("viewing.config:ReportConfig", "viewing.report:report"),
     "info": ("viewing.config:InfoConfig", "info:info"),
     "completion": ("viewing.config:CompletionConfig", "completion:completion"),
@@ -147,7 +148,8 @@ def parse(name: str, arguments: list[str]) -> Any:
     parser = Parser(
         prog=f"metris {name}",
         description=config_class.__doc__,
-        epilog="examples: " + "  ·  ".join(shown),
+        epilog="\n  ".join(["examples:", *shown]),
+        formatter_class=Help,
     )
     parser.add_argument(
         "--config",

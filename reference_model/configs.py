@@ -2,13 +2,14 @@
 
 import dataclasses
 import difflib
+import re
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import yaml
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 from reference_model.files import InputError
 
@@ -25,6 +26,19 @@ class _PlainLoader(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError(f"alias *{self.peek_event().anchor} is not allowed, write the value out")
         return super().compose_node(parent, index)
+
+
+class Help(DefaultHelpFormatter):
+    """Help whose examples stay on a line each, to be copied, and that says null, as one has to type it."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if text.startswith("examples:"):
+            return text
+        return "\n\n".join(super(Help, self)._fill_text(part, width, indent) for part in text.split("\n\n"))
+
+    def _expand_help(self, action: Any) -> str:
+        said = super()._expand_help(action).replace("<class 'Path'>", "Path")
+        return re.sub(r"\bNone: ", "null: ", said)
 
 
 class Parser(ArgumentParser):

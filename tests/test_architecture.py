@@ -148,6 +148,14 @@ def test_encoders_stay_in_the_reference_model(path):
     assert not {"timm", "transformers"} & outside(path)
 
 
+def test_no_file_of_a_room_has_the_name_of_a_room_or_of_a_command():
+    """So that a name says where to look: the command app is served by viewing/web_page.py."""
+    names = {*_ROOMS, *_TOP} - {"__main__", "presets"}  # presets holds no code
+    assert [
+        relative(path) for path in MODEL if len(path.parts) > len(ROOT.parts) + 2 and path.stem in names
+    ] == []
+
+
 def test_oracle_needs_torch_alone():
     assert set(imports(ROOT / "tests/paper.py")) - sys.stdlib_module_names == {"torch"}
 

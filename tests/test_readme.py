@@ -17,6 +17,17 @@ def test_example_runs_and_is_short(code):
     exec(compile(code, "README.md", "exec"), {})
 
 
+def test_image_to_start_with_can_be_drawn(tmp_path, monkeypatch):
+    from PIL import Image
+
+    (code,) = re.findall(r'^python -c "(.*?)"$', README, re.DOTALL | re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("\\\n", ""), {})
+    red, green, blue = Image.open("photo.jpg").getpixel((110, 130))
+    assert red > 200 and green < 60 and blue < 60  # "the red circle" of the command below
+    assert re.search(r'predict .*--image photo.jpg --expression "the red circle"', README)
+
+
 def test_make_commands_of_the_readme_exist():
     targets = re.findall(r"^([a-z-]+):", (Path(__file__).parents[1] / "Makefile").read_text(), re.MULTILINE)
     used = re.findall(r"^make ([a-z-]+)", README, re.MULTILINE)

@@ -1,6 +1,7 @@
 """Curves: precision over recall (METRIS Fig. 5), a score over r (Fig. 6), losses over steps."""
 
 from collections.abc import Mapping, Sequence
+from textwrap import fill
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -9,6 +10,8 @@ from reference_model.figures.style import COLOURS, COLUMN, PAGE, styled, unit
 
 _MARKERS = "osD^vP"
 _LINES = ("-", "--", "-.", ":")
+_LABEL = 52
+"""Letters of a legend across a column."""
 
 
 @styled
@@ -24,22 +27,25 @@ def precision_recall(
     The lines are steps: no precision is promised between two thresholds, and the area under what is drawn is
     the number in the legend.
     """
-    figure = Figure(figsize=(COLUMN, COLUMN), layout="constrained")
+    labels = [
+        fill(f"{name}, AUC {100 * average_precision(*curve):.1f} %", _LABEL) for name, curve in curves.items()
+    ]
+    lines = 1 + sum(label.count("\n") + 1 for label in labels)
+    figure = Figure(figsize=(COLUMN, 0.9 * COLUMN + 0.13 * lines), layout="constrained")
     axes = figure.subplots()
-    for i, (name, (precision, recall)) in enumerate(curves.items()):
-        area = average_precision(precision, recall)
+    for i, (precision, recall) in enumerate(curves.values()):
         axes.step(
             np.append(recall, 0.0),
             np.append(precision, precision[-1]),
             where="post",
             color=unit(COLOURS[i % len(COLOURS)]),
             linestyle=_LINES[i % len(_LINES)],
-            label=f"{name}, AUC {100 * area:.1f} %",
+            label=labels[i],
         )
     axes.set(xlabel="recall (share of true pixels)", ylabel="precision (share of predicted pixels)")
-    axes.set(xlim=(0, 1), ylim=(0, 1.02), title=title)
+    axes.set(xlim=(0, 1), ylim=(0, 1.02), title=fill(title, _LABEL))
     axes.grid(alpha=0.25, linewidth=0.5)
-    axes.legend(loc="lower left")
+    figure.legend(loc="outside lower center")  # of any number of runs, below what it would else cover
     return figure
 
 

@@ -1,6 +1,7 @@
 """Pixels and guidance tokens in one space (METRIS Fig. 2a): t-SNE, and how well target pixels cluster."""
 
 from collections.abc import Mapping
+from textwrap import fill
 from typing import NamedTuple
 
 import numpy as np
@@ -73,9 +74,15 @@ def embedding_map(
         title: Of the figure.
         seed: Of t-SNE.
     """
-    width = COLUMN if len(models) == 1 else PAGE
-    figure = Figure(figsize=(width, min(width / len(models), COLUMN) + 0.5), layout="constrained")
-    panels = figure.subplots(1, len(models), squeeze=False)[0]
+    columns = min(len(models), _MOST_COLUMNS)
+    rows = -(-len(models) // columns)
+    width = COLUMN if columns == 1 else PAGE
+    side = min(width / columns, COLUMN)
+    letters = round(15 * side)
+    figure = Figure(figsize=(width, rows * (side + 0.2) + 0.5), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for spare in panels[len(models) :]:
+        spare.remove()
     for axes, (name, found) in zip(panels, models.items()):
         kinds = (found.pixels[~found.target], found.pixels[found.target], found.language, found.visual)
         ends = np.cumsum([len(kind) for kind in kinds])
@@ -83,14 +90,15 @@ def embedding_map(
         for where, label, looks in zip(at, ("other pixels", "target pixels", "LE", "VE"), _LOOKS):
             if len(where):
                 axes.scatter(where[:, 0], where[:, 1], label=label, **looks)
-        axes.set_title(f"{name}: silhouette {silhouette(found.pixels, found.target):+.2f}")
+        axes.set_title(f"{fill(name, letters)}\nsilhouette {silhouette(found.pixels, found.target):+.2f}")
         axes.set(xticks=[], yticks=[], xlabel="t-SNE axis 1 (no unit)", ylabel="t-SNE axis 2 (no unit)")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, columnspacing=1, handletextpad=0.3)
-    figure.suptitle(title)
+    figure.suptitle("\n".join(fill(line, round(15 * width)) for line in title.splitlines()))
     return figure
 
 
+_MOST_COLUMNS = 3
 _LOOKS = (
     {"s": 5, "color": "0.7", "linewidths": 0},
     {"s": 7, "color": unit(TRUTH), "linewidths": 0},

@@ -68,7 +68,9 @@ def comparison(
     names = ["image", "truth", *predictions]
     side = PAGE / max(len(names), 4)
     rows = len(images)
-    figure = Figure(figsize=(side * len(names), 0.35 + rows * (side * 0.93 + 0.26)), layout="constrained")
+    titles = [fill(name, round(13 * side)) for name in names]
+    height = 0.35 + 0.13 * max(title.count("\n") for title in titles) + rows * (side * 0.93 + 0.26)
+    figure = Figure(figsize=(side * len(names), height), layout="constrained")
     grid = figure.subplots(rows, len(names), squeeze=False)
     for row, cells in enumerate(grid):
         masks = [None, truths[row], *(found[row] for found in predictions.values())]
@@ -77,7 +79,7 @@ def comparison(
             axes.imshow(images[row] if mask is None else marked(images[row], mask, colour))
             bare(axes)
             if row == 0:
-                axes.set_title(names[column])
+                axes.set_title(titles[column])
             if column > 1:
                 axes.set_xlabel(f"IoU {iou(mask, truths[row]):.2f}")
         cells[0].set_xlabel(fill(f"“{sentences[row]}”", 20), fontstyle="italic")

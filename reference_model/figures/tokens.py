@@ -37,7 +37,7 @@ def relevance(
         ValueError: The counts of words and of rows differ.
     """
     scores = _checked("relevance", words, scores)
-    figure, cells = _panels(len(words), image.shape, title)
+    figure, cells = _panels([len(words)], image.shape, title)
     for axes, word, row in zip(cells, words, scores):
         drawn = _heat(axes, image, row, float(scores.min()), float(scores.max()))
         axes.set_title(word)
@@ -61,7 +61,7 @@ def curated_tokens(
         ValueError: The counts of words and of rows differ.
     """
     curated = _checked("curated_tokens", words, curated)
-    figure, cells = _panels(len(words), image.shape, title)
+    figure, cells = _panels([len(words)], image.shape, title)
     for axes, word, row in zip(cells, words, curated):
         axes.imshow(dimmed(image, spread(row, *image.shape[:2])))
         bare(axes)
@@ -76,6 +76,7 @@ def attention_to_words(
     to_language: np.ndarray | None,
     to_visual: np.ndarray | None,
     *,
+    visual_words: Sequence[str] | None = None,
     title: str = "Share of a pixel's attention that each guidance token gets",
 ) -> Figure:
     """Draw where pixels attend to each word's linguistic (LE) and visual expression (VE) token.
@@ -84,22 +85,27 @@ def attention_to_words(
         image: (h, w, 3) uint8.
         words: l words; the first is the global cue.
         to_language: (l, gh, gw) weights, or None in a model without LE; over both arrays each cell sums to 1.
-        to_visual: The same of VE.
+        to_visual: (v, gh, gw), the same of VE, or None.
+        visual_words: v words, those that have a VE token. None: all.
         title: Of the figure.
 
     Raises:
-        ValueError: Neither is given, or the counts of words and of rows differ.
+        ValueError: Neither is given, or both are empty, or the counts of words and of rows differ.
     """
-    given = {"LE": to_language, "VE": to_visual}
+    named = {"LE": words, "VE": words if visual_words is None else visual_words}
     rows = {
-        name: _checked("attention_to_words", words, maps) for name, maps in given.items() if maps is not None
+        name: _checked("attention_to_words", named[name], maps)
+        for name, maps in (("LE", to_language), ("VE", to_visual))
+        if maps is not None and len(maps)
     }
     if not rows:
         raise ValueError("attention_to_words: got neither to_language nor to_visual, expected one of them")
     most = max(float(maps.max()) for maps in rows.values())
-    figure, cells = _panels(len(words), image.shape, title, blocks=len(rows))
-    for block, (name, maps) in enumerate(rows.items()):
-        for axes, word, row in zip(cells[block * len(words) :], words, maps):
+    figure, cells = _panels([len(maps) for maps in rows.values()], image.shape, title)
+    free = iter(cells)
+    for name, maps in rows.items():
+        for word, row in zip(named[name], maps):
+            axes = next(free)
             drawn = _heat(axes, image, row, 0.0, most)
             axes.set_title(f"{name} {word}: {row.mean():.0%}")
     figure.colorbar(drawn, ax=cells, label="share of attention", shrink=0.8)
@@ -193,18 +199,20 @@ def _heat(axes: Axes, image: np.ndarray, weights: np.ndarray, low: float, high: 
     return ScalarMappable(Normalize(low, max(high, low + 1e-6)), HEAT)
 
 
-def _panels(count: int, shape: Sequence[int], title: str, *, blocks: int = 1) -> tuple[Figure, list[Axes]]:
-    """Lay out ``blocks`` groups of ``count`` panels, each group beginning a row; blanks are left out."""
-    rows = -(-count // _MOST_COLUMNS)
-    columns = -(-count // rows)
+def _panels(counts: Sequence[int], shape: Sequence[int], title: str) -> tuple[Figure, list[Axes]]:
+    """Lay out groups of so many panels each, each group beginning a row; blanks are left out."""
+    most = max(counts)
+    columns = -(-most // -(-most // _MOST_COLUMNS))
+    rows = [-(-count // columns) for count in counts]
     side = min(PAGE / (columns + 0.6), 1.7)
     height = side * shape[0] / shape[1] + 0.28
     width = max(side * columns + 0.9, COLUMN)
-    figure = Figure(figsize=(width, 0.45 + blocks * rows * height), layout="constrained")
-    grid = figure.subplots(blocks * rows, columns, squeeze=False)
-    cells = []
-    for block in range(blocks):
-        group = list(grid[block * rows : (block + 1) * rows].ravel())
+    figure = Figure(figsize=(width, 0.45 + sum(rows) * height), layout="constrained")
+    grid = figure.subplots(sum(rows), columns, squeeze=False)
+    cells, begin = [], 0
+    for count, of in zip(counts, rows):
+        group = list(grid[begin : begin + of].ravel())
+        begin += of
         cells += group[:count]
         for spare in group[count:]:
             spare.remove()

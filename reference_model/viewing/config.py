@@ -94,7 +94,8 @@ class AppConfig:
     demo: Path = Path("demo")
     """Folder of the demo, for its data and its run, where no checkpoint is given."""
     host: str = "127.0.0.1"
-    """Address to listen on; 127.0.0.1 is this computer alone, 0.0.0.0 lets others in."""
+    """Address to listen on; 127.0.0.1 is this computer alone, 0.0.0.0 lets others in. Of a machine that is
+    reached by ssh: ssh -L 7860:127.0.0.1:7860 MACHINE, and the page is on one's own computer."""
     port: int = 7860
     """Port to listen on, in [1, 65535]."""
     device: str = "auto"
@@ -152,7 +153,10 @@ class InfoConfig:
 
 @dataclass(frozen=True)
 class CompletionConfig:
-    """Print a script that completes commands, options and choices: ``metris completion bash``."""
+    """Print a script that completes commands, options and choices: ``metris completion bash``.
+
+    The folder it is written to has to be there (mkdir -p); for zsh it is one of those in $fpath.
+    """
 
     shell: Literal["bash", "zsh"]
     """Shell that shall read it."""

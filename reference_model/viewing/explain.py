@@ -48,7 +48,15 @@ class Explanation(NamedTuple):
     """Of each decoder stage, coarse to fine, (l, h_i, w_i): each cell's attention to the LE tokens, mean of
     the heads; None in variants without LE."""
     to_visual: list[np.ndarray] | None
-    """The same of VE tokens; None in variants without. With ``to_language`` they sum to 1 in each cell."""
+    """The same, (v, h_i, w_i), of the VE tokens; None in variants without. With ``to_language`` they sum to 1
+    in each cell."""
+    expressed: np.ndarray
+    """(l) bool, True for the v words that have a VE token: those that curate something."""
+
+    @property
+    def visual_tokens(self) -> list[str]:
+        """The v word pieces that have a VE token."""
+        return [token for token, has in zip(self.tokens, self.expressed) if has]
 
     def mask(self, height: int, width: int, *, threshold: float = 0.5) -> np.ndarray:
         """(height, width) bool; where ``no_target`` is above 0.5 the caller may withdraw it."""
@@ -149,6 +157,7 @@ def _explanation(
     length, size = len(real), output.logits.shape[-2:]
     gh, gw = output.grid
     scores = curated = to_language = to_visual = None
+    expressed = torch.zeros(length, dtype=torch.bool)
     if output.scores is not None:
         grid = lambda x: _within(rearrange(x[row, real], "l (h w) -> l h w", h=gh, w=gw), output.extent, size)
         scores, curated = grid(output.scores).cpu().numpy(), grid(output.dynamic_mask).cpu().numpy()
@@ -160,12 +169,22 @@ def _explanation(
     if model.guidance.language:
         to_language = [maps[:length][real.cpu()].numpy() for maps in stages]
     if model.guidance.extractor is not None:
-        to_visual = [maps[-length:][real.cpu()].numpy() for maps in stages]
+        expressed = output.dynamic_mask[row].any(dim=-1).cpu()
+        to_visual = [maps[-length:][expressed].numpy() for maps in stages]
     logits = output.logits[row].float().cpu()
     absent = None if output.no_target is None else float(output.no_target[row].float().sigmoid())
     kept = [token for token, is_real in zip(tokens, real.tolist()) if is_real]
     return Explanation(
-        expression, kept, logits.sigmoid(), logits, absent, scores, curated, to_language, to_visual
+        expression=expression,
+        tokens=kept,
+        probability=logits.sigmoid(),
+        logits=logits,
+        no_target=absent,
+        scores=scores,
+        curated=curated,
+        to_language=to_language,
+        to_visual=to_visual,
+        expressed=expressed[real.cpu()].numpy(),
     )
 
 

@@ -24,6 +24,7 @@ from reference_model.viewing.config import PredictConfig
 from reference_model.viewing.explain import unknown_words
 from reference_model.viewing.many import Job, jobs
 from reference_model.viewing.overlay import TRUTH, captioned, overlay
+from reference_model.viewing.runs import image_of, tell_left_out
 
 
 def predict_masks(
@@ -97,7 +98,7 @@ def predict(config: PredictConfig) -> list[Path]:
     elif many is not None:
         entries = _of_many(config, checkpoint, many)
     else:
-        entries = _of_image(config, checkpoint)
+        entries = _predicted(config, checkpoint, open_image(config.image), config.expression)
     if config.json:
         print(json.dumps(entries, indent=2))
     else:
@@ -105,8 +106,9 @@ def predict(config: PredictConfig) -> list[Path]:
     return [Path(entry[key]) for entry in entries for key in ("mask", "overlay") if key in entry]
 
 
-def _of_image(config: PredictConfig, checkpoint: Checkpoint) -> list[dict]:
-    image, expressions = open_image(config.image), config.expression
+def _predicted(
+    config: PredictConfig, checkpoint: Checkpoint, image: Image.Image, expressions: list[str]
+) -> list[dict]:
     unknown = list(dict.fromkeys(w for sentence in expressions for w in unknown_words(checkpoint, sentence)))
     if unknown:
         warnings.warn(f"words that this model never learnt: {', '.join(unknown)}", stacklevel=2)
@@ -125,18 +127,19 @@ def _of_image(config: PredictConfig, checkpoint: Checkpoint) -> list[dict]:
 
 
 def _of_many(config: PredictConfig, checkpoint: Checkpoint, many: list[Job]) -> list[dict]:
-    """Predict on many images; one that cannot be used is named and left out."""
+    """Predict on many images; one that cannot be read, or whose sentences have no word, is left out."""
     entries = []
     for number, job in enumerate(
         tqdm(many, desc="predict", unit="image", leave=False, disable=None), start=1
     ):
         out = config.out / f"{number:0{len(str(len(many)))}d}_{job.image.stem}.png"
-        one = replace(config, image=job.image, expression=job.expressions, out=out)
-        try:
-            found = _of_image(one, checkpoint)
+        try:  # around these two alone: what ails the model or the disk ails all images
+            image = open_image(job.image)
+            tokenize(checkpoint.tokenizer, job.expressions, checkpoint.config.max_tokens, warn=False)
         except InputError as error:
             warnings.warn(f"{error}; left out", stacklevel=2)
             continue
+        found = _predicted(replace(config, out=out), checkpoint, image, job.expressions)
         entries += [{"image": str(job.image)} | entry for entry in found]
     if not entries:
         raise InputError(f"image {config.image}: none of its {len(many)} images can be used; mend them")
@@ -158,14 +161,22 @@ def _table(entries: list[dict]) -> str:
 def _of_samples(config: PredictConfig, checkpoint: Checkpoint) -> list[dict]:
     if config.count < 1:
         raise InputError(f"count: must be >= 1, got {config.count}")
-    records = read(config.data).records(config.split)
+    reader = read(config.data)
+    records = reader.records(config.split)
     picked = np.linspace(0, len(records) - 1, min(config.count, len(records))).round().astype(int)
     entries = []
+    defects = []
     for number, i in enumerate(
         tqdm(picked, desc="predict", unit="sample", leave=False, disable=None), start=1
     ):
         record = records[i]
-        image, truth = open_image(record.image, height_width=(record.height, record.width)), record.mask()
+        try:
+            image, truth = image_of(record), record.mask()
+        except InputError as error:
+            if reader.on_error == "stop":
+                raise
+            defects.append(str(error))
+            continue
         ((mask, absent),) = _answers(config, checkpoint, image, [record.expression])
         # As gIoU has it: an empty mask is all right where there is no target.
         iou = float(not mask.any()) if record.no_target else outcome(mask, truth).iou
@@ -178,6 +189,7 @@ def _of_samples(config: PredictConfig, checkpoint: Checkpoint) -> list[dict]:
         _save(captioned(panels, record.expression), path)
         entry = {"expression": record.expression, "overlay": str(path), "iou": round(iou, 4)}
         entries.append(entry | _probability(absent))
+    tell_left_out(defects, len(picked), "samples")
     return entries
 
 

@@ -23,7 +23,7 @@ from reference_model.scoring.metrics import SegmentationMetrics
 from reference_model.scoring.metris_predictor import MetrisPredictor
 from reference_model.scoring.protocols import PROTOCOLS
 from reference_model.viewing.config import ReportConfig
-from reference_model.viewing.figures import drawing
+from reference_model.viewing.run_figures import drawing
 from reference_model.viewing.runs import (
     METRICS,
     data_of,

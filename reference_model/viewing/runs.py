@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -15,7 +16,7 @@ from reference_model.configs import build, read_yaml
 from reference_model.data.config import DataConfig
 from reference_model.data.images import open_image
 from reference_model.data.layouts import read
-from reference_model.data.reader import Reader
+from reference_model.data.reader import OnError, Reader
 from reference_model.data.records import Record
 from reference_model.data.transforms import resize_mask
 from reference_model.files import InputError
@@ -30,16 +31,19 @@ SIDE = 480
 def data_of(run: Path, given: DataConfig | None) -> Reader:
     """Read the data set that was given, or else the one that a run was trained on.
 
-    Where no more than a root was given, that is where the run's data set is now.
+    Where no more than a root was given, that is where the run's data set is now; ``on_error`` and ``workers``
+    tell no data set from another.
 
     Raises:
         InputError: The run names none, or it cannot be read.
     """
-    if given is not None and given != DataConfig(given.root, workers=given.workers):
+    alike = None if given is None else DataConfig(given.root, on_error=given.on_error, workers=given.workers)
+    if given is not None and given != alike:
         return read(given)
     config = data_config(run)
     if given is not None:
-        return read(replace(config, root=given.root, workers=given.workers))
+        on_error: OnError = "skip" if "skip" in (given.on_error, config.on_error) else "stop"
+        return read(replace(config, root=given.root, on_error=on_error, workers=given.workers))
     try:
         return read(config)
     except InputError as error:
@@ -101,6 +105,50 @@ def spaced_images(reader: Reader, split: str, count: int) -> list[list[Record]]:
     place = {image_id: number for number, image_id in enumerate(ids)}
     kept.sort(key=lambda record: place[record.image_id])
     return [list(group) for _, group in groupby(kept, key=lambda record: record.image_id)]
+
+
+def usable(groups: Sequence[list[Record]], on_error: OnError) -> tuple[list[list[Record]], int]:
+    """Leave out records whose image or mask cannot be decoded, and say so in one line.
+
+    Args:
+        groups: Records, image by image.
+        on_error: With ``stop`` all are kept: the first that cannot be decoded raises where it is used.
+
+    Returns:
+        What is left, and how many sentences are not.
+
+    Raises:
+        InputError: None is left.
+    """
+    if on_error == "stop":
+        return list(groups), 0
+    left, defects = [], []
+    for group in groups:
+        kept = []
+        for record in group:
+            try:
+                record.mask()
+                if not kept:
+                    image_of(record)
+            except InputError as error:
+                defects.append(str(error))
+            else:
+                kept.append(record)
+        left += [kept] if kept else []
+    tell_left_out(defects, len(defects) + sum(map(len, left)), "sentences")
+    return left, len(defects)
+
+
+def tell_left_out(defects: Sequence[str], of: int, what: str) -> None:
+    """Say in one line how many of ``of`` samples were left out, and why the first was.
+
+    Raises:
+        InputError: All were.
+    """
+    if defects and len(defects) == of:
+        raise InputError(f"{defects[0]}; none of {of} {what} can be used, see metris data check --images")
+    if defects:
+        warnings.warn(f"{defects[0]}; {len(defects)} of {of} {what} left out", stacklevel=3)
 
 
 def image_of(record: Record) -> Image.Image:

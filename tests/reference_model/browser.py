@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,6 +36,13 @@ def chromium() -> str:
         why = "no chromium, chromium-browser or google-chrome on PATH; apt-get install chromium"
         pytest.fail(why) if os.environ.get("CI") else pytest.skip(why)
     return found
+
+
+def screenshot(page: Any, name: str, **options: Any) -> None:
+    """Keep a picture of a page: NAME.png in the folder $METRIS_ARTEFACTS, or else in build/screenshots."""
+    given = os.environ.get("METRIS_ARTEFACTS")
+    folder = Path(given) if given else Path(__file__).parents[2] / "build" / "screenshots"
+    page.screenshot(path=folder / f"{name}.png", **options)
 
 
 @contextmanager

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from reference_model.configs import to_yaml
 from reference_model.data.config import DataConfig
 from reference_model.data.images import open_image
 from reference_model.data.synthetic.config import GenerateConfig
 from reference_model.data.synthetic.export import generate
-from reference_model.model.checkpoint import load_checkpoint, save_weights
+from reference_model.model.build import build_metris
+from reference_model.model.checkpoint import CONFIG, load_checkpoint, save_weights
 from reference_model.model.config import ModelConfig
 from reference_model.training.config import TrainConfig
 from reference_model.training.train import train
@@ -80,6 +82,22 @@ def bold_run(run, scenes, tmp_path_factory) -> Path:
         checkpoint.model.decoder.head.bias -= found.logits.median()
     save_weights(folder, checkpoint.model)
     return folder
+
+
+@pytest.fixture(scope="session")
+def variant(run, run_config, tmp_path_factory):
+    """Give the run with another network: name, changes of its config -> a checkpoint of fresh weights."""
+
+    def made(name: str, **changes) -> Path:
+        folder = shutil.copytree(run, tmp_path_factory.mktemp("variants") / name)
+        config = load_checkpoint(run).config
+        config = replace(run_config, out=folder, model=replace(config, **changes))
+        (folder / CONFIG).write_text(to_yaml(config))
+        torch.manual_seed(0)
+        save_weights(folder, build_metris(config.model))
+        return folder
+
+    return made
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from matplotlib.text import Text
 from reference_model import figures as draw
 from reference_model.cli import main
 from reference_model.data.config import DataConfig
+from reference_model.data.layouts import read
 from reference_model.data.synthetic.config import GenerateConfig
 from reference_model.data.synthetic.export import generate
 from reference_model.figures.style import HEAT
@@ -27,11 +29,14 @@ from reference_model.scoring.curves import PrecisionRecall
 from reference_model.scoring.evaluate import evaluate
 from reference_model.scoring.evaluator import Evaluator
 from reference_model.scoring.metris_predictor import MetrisPredictor
+from reference_model.viewing import run_figures
 from reference_model.viewing.explain import _within, encode, explain, unknown_words, with_ratio
-from reference_model.viewing.figures import embeddings, sweep, trained
+from reference_model.viewing.run_figures import embeddings, sweep, trained
 from reference_model.viewing.runs import data_of, image_of, log_of, losses, spaced_images
 
 H, W = 20, 30
+STEMS = ("comparison", "relevance", "curated", "attention_words", "attention", "embeddings")
+STEMS += ("precision_recall", "ratio")
 
 
 @pytest.fixture
@@ -167,7 +172,7 @@ def test_precision_recall_draws_the_curve_and_the_area_of_scoring(rng):
     under = float(np.sum(y[:-1] * -np.diff(x)))
     assert under == pytest.approx(curve.area, abs=1e-12)
     assert draw.average_precision(curve.precision, curve.recall) == pytest.approx(curve.area, abs=1e-12)
-    assert f"AUC {100 * curve.area:.1f} %" in figure.axes[0].get_legend().get_texts()[0].get_text()
+    assert f"AUC {100 * curve.area:.1f} %" in figure.legends[0].get_texts()[0].get_text()
 
 
 def test_score_by_ratio_draws_its_points_and_intervals_in_per_cent():
@@ -188,8 +193,9 @@ def test_root_alone_tells_where_the_data_set_of_a_run_is_now(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.yaml").write_text("data:\n  root: /gone\n  dataset: refcoco+\n  text: raw\n")
-    reader = data_of(run, DataConfig(root))
-    assert "refcoco+" in str(reader.source) and reader.text == "raw"
+    for on_error in ("stop", "skip"):
+        reader = data_of(run, DataConfig(root, on_error=on_error, workers=2))
+        assert "refcoco+" in str(reader.source) and reader.text == "raw" and reader.on_error == on_error
     with pytest.raises(InputError, match="refcocog"):
         data_of(run, DataConfig(root, dataset="refcocog", split_by="umd"))
 
@@ -288,6 +294,28 @@ def test_every_figure_can_be_read_at_the_width_of_a_column(image, masks, rng):
         labelled = [a for a in figure.axes if a.lines]
         assert all(a.get_xlabel() and a.get_ylabel() and a.get_title() for a in labelled), name
         assert figure.get_suptitle() or labelled, f"{name} has no title"
+
+
+def test_names_of_many_runs_cover_nothing(image, masks, rng):
+    names = [f"runs/refcoco-plus-with-some-change/{seed}" for seed in range(6)]
+    curve = (np.linspace(0.2, 1, 50), np.linspace(1, 0, 50))
+    cloud = draw.Embeddings(rng.normal(size=(30, 4)), np.arange(30) > 9, *rng.normal(size=(2, 3, 4)))
+    means = ", ".join(["+0.12"] * 6)
+    for figure in (
+        draw.precision_recall(dict.fromkeys(names, curve), title="Precision and recall (testA, 1500 images)"),
+        draw.embedding_map(dict.fromkeys(names, cloud), title=f"Over 1500 images\nmean silhouette {means}"),
+        draw.comparison([image], ["a star"], masks[:1], dict.fromkeys(names, masks[:1])),
+    ):
+        boxes = [(t.get_text(), t.get_window_extent()) for t in texts(figure)]
+        whole = figure.bbox
+        for i, (text, box) in enumerate(boxes):
+            assert box.x0 >= whole.x0 and box.x1 <= whole.x1, f"{text!r} leaves the figure"
+            for other, over in boxes[:i]:
+                apart = box.x0 >= over.x1 or over.x0 >= box.x1 or box.y0 >= over.y1 or over.y0 >= box.y1
+                assert apart, f"{text!r} covers {other!r}"
+        if figure.legends:
+            frame = figure.legends[0].get_window_extent()
+            assert all(frame.y1 <= axes.get_window_extent().y0 for axes in figure.axes)
 
 
 def _as_seen(colour, kind):
@@ -447,10 +475,128 @@ def test_figures_of_a_run_have_the_scores_of_evaluate(bold_run, scenes, tmp_path
     assert found["oIoU"][name] == pytest.approx(scored["val"]["METRIS"]["oIoU"], abs=1e-9)
     assert found["AUC-PR"][name] == pytest.approx(scored["val"]["METRIS"]["AUC-PR"], abs=1e-9)
     assert found["oIoU by r"]["0.3"] == found["oIoU"][name] and set(found["oIoU by r"]) == {"0.3", "0.9"}
-    stems = ("comparison", "relevance", "curated", "attention_words", "attention", "embeddings")
-    wanted = {f"{s}.{k}" for s in (*stems, "precision_recall", "ratio") for k in ("png", "pdf")}
+    wanted = {f"{stem}.{kind}" for stem in STEMS for kind in ("png", "pdf")}
     assert {Path(path).name for path in found["files"]} == wanted
     assert all(Path(path).stat().st_size > 1000 for path in found["files"])
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """A t-SNE of few pixels, and figures that are drawn but whose files are left empty: both take seconds."""
+
+    def save(figure, stem):
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        paths = (stem.with_suffix(".png"), stem.with_suffix(".pdf"))
+        for path in paths:
+            path.touch()
+        return paths
+
+    monkeypatch.setattr(draw, "save", save)
+    monkeypatch.setattr(run_figures, "_PIXELS", 8)
+
+
+def drawn_by(folder, out, capsys, *more):
+    arguments = [
+        "--checkpoint",
+        folder,
+        "--ratios",
+        "0.9",
+        "--count",
+        2,
+        "--limit",
+        2,
+        "--out",
+        out,
+        "--json",
+    ]
+    assert main(["figures", *map(str, [*arguments, *more])]) == 0
+    caught = capsys.readouterr()
+    found = json.loads(caught.out)
+    assert {Path(path) for path in found["files"]} == set(out.iterdir())
+    return found, {Path(path).stem for path in found["files"]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "lacks"),
+    [
+        ({"guidance": "enhanced_le"}, {"relevance", "curated", "attention", "ratio"}),
+        (
+            {"guidance": "enhanced_le+pixels", "no_target": True},
+            {"relevance", "curated", "attention", "ratio"},
+        ),
+        ({"guidance": "ve"}, {"attention"}),
+    ],
+)
+@pytest.mark.usefixtures("quick")
+def test_figure_that_does_not_apply_is_left_out_in_one_line(changes, lacks, variant, tmp_path, capsys):
+    folder = variant("other", **changes)
+    with pytest.warns(UserWarning, match="not drawn") as caught:
+        found, stems = drawn_by(folder, tmp_path / "f", capsys)
+    assert set(found["not drawn"]) == lacks and stems | lacks == set(STEMS) and not stems & lacks
+    told = [str(w.message) for w in caught if "not drawn" in str(w.message)]
+    assert sorted(line.split(":")[0] for line in told) == sorted(lacks) and not any("\n" in x for x in told)
+    curates = "ratio" not in lacks
+    assert bool(found["oIoU by r"]) == curates
+
+
+def test_words_that_curate_nothing_have_no_ve_token_to_draw(variant, group):
+    for cues, kept in (("global", lambda tokens: tokens[:1]), ("local", lambda tokens: tokens[1:])):
+        checkpoint = load_checkpoint(variant("cues", cues=cues))
+        encoded = encode(checkpoint, image_of(group[0]))
+        (one,) = explain(checkpoint, encoded, [group[0].expression])
+        truth = np.zeros((16, 16), bool)
+        truth[:8] = True
+        found = embeddings(checkpoint, encoded, group[0].expression, truth)
+        assert one.visual_tokens == kept(one.tokens) and len(found.language) == len(one.tokens)
+        assert len(found.visual) == len(one.visual_tokens) == len(one.to_visual[-1])
+        shown = draw.attention_to_words(
+            np.zeros((9, 9, 3), np.uint8),
+            one.tokens,
+            one.to_language[-1],
+            one.to_visual[-1],
+            visual_words=one.visual_tokens,
+        )
+        titles = [axes.get_title().rsplit(":", 1)[0] for axes in shown.axes]
+        assert [t[3:] for t in titles if t.startswith("VE ")] == one.visual_tokens
+        # What is left out got no attention: the shares of the others add up to 1.
+        total = one.to_language[-1].sum(axis=0) + one.to_visual[-1].sum(axis=0)
+        assert np.abs(total - 1).max() < 1e-5
+
+
+@pytest.mark.usefixtures("quick")
+def test_targets_that_cover_no_cell_cost_the_t_sne_alone(bold_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run_figures, "embeddings", lambda *_, **__: None)
+    with pytest.warns(UserWarning, match="embeddings: not drawn, no target covers a cell"):
+        found, stems = drawn_by(bold_run, tmp_path / "f", capsys)
+    assert stems == set(STEMS) - {"embeddings"} and set(found["silhouette"].values()) == {None}
+    assert "no target covers" in found["not drawn"]["embeddings"]
+    assert re.search(r"bold +[\d.]+ +[\d.]+ +-\n", run_figures._text(found))
+
+
+@pytest.fixture
+def damaged(scenes, tmp_path):
+    """The data set with one image of val that cannot be decoded, and how many sentences are about it."""
+    root = shutil.copytree(scenes, tmp_path / "damaged")
+    first, *_ = groups = spaced_images(read(DataConfig(root)), "val", 100)
+    first[0].image.write_bytes(b"no image")
+    return root, len(first), sum(map(len, groups))
+
+
+@pytest.mark.usefixtures("quick")
+def test_broken_image_stops_figures_or_is_left_out_and_counted(bold_run, damaged, tmp_path, capsys):
+    root, gone, whole = damaged
+    given = ["figures", "--checkpoint", str(bold_run), "--data.root", str(root), "--out", str(tmp_path / "f")]
+    assert main(given) == 2
+    assert "not an image of a known kind" in capsys.readouterr().err and not (tmp_path / "f").exists()
+    skip = [*given, "--data.on_error", "skip", "--ratios", "0.3", "--count", "1", "--json"]
+    with pytest.warns(UserWarning, match=f"; {gone} of {whole} sentences left out"):
+        assert main(skip) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["sentences left out"] == gone and found["images"] == 5
+    for path in (root / "images" / "train2014").glob("*.jpg"):
+        path.write_bytes(b"no image")
+    assert main(skip) == 2
+    assert f"none of {whole} sentences can be used" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

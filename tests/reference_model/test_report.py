@@ -8,15 +8,20 @@ from urllib.parse import urlparse
 
 import numpy as np
 import pytest
+import torch
 
 from reference_model import figures as draw
 from reference_model.cli import main
 from reference_model.data.config import DataConfig
+from reference_model.data.layouts import read
+from reference_model.data.synthetic.config import GenerateConfig
+from reference_model.data.synthetic.export import generate
+from reference_model.model.checkpoint import load_checkpoint, save_weights
 from reference_model.scoring.config import EvaluateConfig
 from reference_model.scoring.evaluate import evaluate
 from reference_model.viewing.report import FAILED, Sample, _gallery
 from reference_model.viewing.runs import data_of, spaced_images
-from tests.reference_model.browser import opened
+from tests.reference_model.browser import opened, screenshot
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +61,7 @@ class _Outward(HTMLParser):
         self.found += [v for k, v in attrs if k in ("src", "href", "srcset") and not v.startswith("data:")]
 
 
-def test_report_in_the_browser_asks_for_nothing_and_has_every_part(file, scored, tmp_path):
+def test_report_in_the_browser_asks_for_nothing_and_has_every_part(file, scored):
     scores, rows = scored
     with opened(file.as_uri()) as (page, seen):
         page.wait_for_function("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
@@ -71,7 +76,7 @@ def test_report_in_the_browser_asks_for_nothing_and_has_every_part(file, scored,
         }
         page.locator("summary").click()
         config = page.locator("pre").inner_text()
-        page.screenshot(path=tmp_path / "report.png", full_page=True)
+        screenshot(page, "report", full_page=True)
     assert {urlparse(url).scheme for url in seen.requests} <= {"file", "data"} and seen.errors == []
     assert sum(url.startswith("file") for url in seen.requests) == 1
     for wanted in (
@@ -133,6 +138,40 @@ def test_gallery_draws_the_mask_that_was_scored_and_no_markup(run, tmp_path):
     tint = drawn[..., 2] - drawn[..., 0]  # the colour of predictions is blue, the rest grey
     middle = len(drawn) // 2
     assert tint[: middle - 8].min() > 60 and np.abs(tint[middle + 8 :]).max() < 40
+
+
+@pytest.mark.parametrize("changes", [{"guidance": "enhanced_le"}, {"guidance": "enhanced_le+pixels"}])
+def test_report_of_a_network_without_ve_scores_it_as_evaluate_does(changes, variant, scenes, tmp_path):
+    folder, out = variant("other", **changes), tmp_path / "r.html"
+    assert main(["report", str(folder), "--out", str(out), "--count", "1"]) == 0
+    config = EvaluateConfig(DataConfig(root=scenes), folder, out=tmp_path / "m.json", json=True)
+    scores = evaluate(config)["val"]["METRIS"]
+    assert f"<td>mIoU</td><td>{100 * scores['mIoU']:.2f}</td>" in out.read_text()
+    assert f"guidance: {changes['guidance']}\n" in out.read_text()
+
+
+def test_report_of_sentences_without_a_target_tells_who_was_found_absent(variant, tmp_path):
+    """A classifier whose last bias says "nothing": right about each absent one, wrong about the others."""
+    root = generate(
+        GenerateConfig(root=tmp_path / "data", targets="any", size=64, train=4, val=6, test=1, seed=1)
+    )
+    reader = read(DataConfig(root, dataset="grefcoco"))
+    absent = [record.no_target for record in reader.stream("val")]
+    assert any(absent) and not all(absent)
+    folder = variant("silent", no_target=True)
+    checkpoint = load_checkpoint(folder)
+    with torch.no_grad():
+        checkpoint.model.no_target.mlp[-1].weight.zero_()
+        checkpoint.model.no_target.mlp[-1].bias.fill_(9.0)
+    save_weights(folder, checkpoint.model)
+    out = tmp_path / "r.html"
+    given = ["--data.root", str(root), "--data.dataset", "grefcoco", "--out", str(out), "--count", "2"]
+    assert main(["report", str(folder), *given]) == 0
+    text = out.read_text()
+    assert "<td>N-acc</td><td>100.00</td>" in text and "<td>T-acc</td><td>0.00</td>" in text
+    assert f"{absent.count(False)} of {len(absent)} sentences have an IoU below 0.5" in text
+    best = text.split('id="best"')[1].split("</div>")[0]
+    assert best.count("(no target)") == 2 and best.count("IoU 1.00") == 2
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import typing
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -14,37 +15,64 @@ import torch
 from PIL import Image
 
 import metris_blocks
-from metris_blocks.ops import explain_backends
+from metris_blocks.ops import auto_backend, explain_backends, masked_attention
 from reference_model.cli import COMMANDS, EXAMPLES, load, main, parse
+from reference_model.data.config import DataConfig
 from reference_model.data.images import open_image
+from reference_model.data.layouts import read
+from reference_model.files import InputError
 from reference_model.info import backends
 from reference_model.viewing.config import PredictConfig
 from reference_model.viewing.many import jobs
+from reference_model.viewing.runs import spaced_images
 
 
 def options(config, prefix=""):
-    """Dotted names of the fields that --help lists; of optional groups the group."""
+    """Dotted names of all fields with their types, and the optional groups, whose fields stand apart."""
     types = typing.get_type_hints(config)
     for field in dataclasses.fields(config):
-        if dataclasses.is_dataclass(types[field.name]):
-            yield from options(types[field.name], f"{prefix}{field.name}.")
-        else:
-            yield f"{prefix}{field.name}"
+        kinds = (types[field.name], *typing.get_args(types[field.name]))
+        nested = next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
+        if nested is None or nested is not kinds[0]:
+            yield f"{prefix}{field.name}", kinds
+        if nested is not None:
+            yield from options(nested, f"{prefix}{field.name}.")
+
+
+def helped(name, capsys, *arguments):
+    """What a help says of each option, and the whole."""
+    with pytest.raises(SystemExit):
+        parse(name, list(arguments))
+    shown = capsys.readouterr().out
+    parts = re.split(r"\n  (?=--)", shown.split("examples:")[0])
+    return {part.split()[0].rstrip(","): " ".join(part.split()) for part in parts[1:]}, shown
+
+
+UNIT_OR_RANGE = re.compile(
+    r"\b(pixels|MiB|steps?|epochs|sentences|images|pictures|tokens|ids|channels|layers|heads|samples|shapes|rows"
+    r"|entries|processes|pieces|states|evaluations|passes|rounds|at least|or more)\b|> 0|in [\[(]",
+    re.IGNORECASE,
+)
+PURE_NUMBERS = {"learning_rate", "image_encoder_lr", "text_encoder_lr", "poly_power", "weight_decay", "seed"}
+PURE_NUMBERS |= {"clip_norm", "contrastive_weight", "no_target_weight"}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_option_has_words_and_a_default_and_the_command_an_example(name, capsys):
-    with pytest.raises(SystemExit):
-        parse(name, ["--help"])
-    shown = capsys.readouterr().out
-    parts = re.split(r"\n  (?=--)", shown.split("options:")[1].split("examples:")[0])
-    said = {part.split()[0].rstrip(","): " ".join(part.split()) for part in parts}
-    for option in options(load(COMMANDS[name][0])):
+def test_every_option_has_words_a_unit_and_a_default_and_the_command_an_example(name, capsys):
+    said, shown = helped(name, capsys, "--help")
+    for option, kinds in options(load(COMMANDS[name][0])):
+        group = f"--{option.split('.')[0]}"
+        if f"--{option}" not in said and f"{group}.help" in said:  # of an optional group
+            said |= helped(name, capsys, f"{group}.help")[0]
         text = said.get(f"--{option}", "")
         assert "(required" in text or "default: " in text, f"{name} --{option} tells no default: {text!r}"
         words = text.split("(type")[0].split("(required")[0].split()
         assert len(words) >= 3, f"{name} --{option} is not explained: {text!r}"
-    assert f"examples: metris {name}" in " ".join(shown.split())
+        if {int, float} & {*kinds} and option.split(".")[-1] not in PURE_NUMBERS:
+            assert UNIT_OR_RANGE.search(text.split("(type")[0]), f"{name} --{option} tells no unit: {text!r}"
+    lines = [line.strip() for line in shown.split("examples:")[1].splitlines() if line.strip()]
+    assert lines == [f"metris {name} {example}".strip() for example in EXAMPLES[name]]
+    assert "<class" not in shown and " None: " not in " ".join(shown.split())
 
 
 @pytest.mark.parametrize(
@@ -84,10 +112,53 @@ def test_info_tells_what_the_ops_tell(capsys):
         assert ("yes" in line) == (not why) and all(reason in line for reason in why)
 
 
+def test_info_names_each_gpu_with_what_torch_says_of_it(monkeypatch, capsys):
+    class Card(NamedTuple):
+        name: str
+        major: int
+        minor: int
+        total_memory: int
+
+    cards = [Card("NVIDIA H100", 9, 0, 80 * 2**30), Card("Tesla T4", 7, 5, 15 * 2**30 + 2**29 + 1)]
+    asked = []
+
+    def rows(device, dtype):
+        asked.append((device, dtype))
+        row = {"op": "masked_attention", "backend": "xformers", "auto": True, "why_not": []}
+        return [row | {"device": device, "dtype": str(dtype)}]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", cards.__getitem__)
+    monkeypatch.setattr("reference_model.info.backends", rows)
+    assert main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["devices"] == [
+        f"cpu, {torch.get_num_threads()} threads",
+        "cuda:0, NVIDIA H100, compute capability 9.0, 80 GiB",
+        "cuda:1, Tesla T4, compute capability 7.5, 16 GiB",
+    ]
+    assert asked == [("cpu", torch.float32), ("cuda", torch.float32), ("cuda", torch.bfloat16)]
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert "cuda:1, Tesla T4" in out and "torch sees none" not in out
+    assert re.search(r"masked_attention +cuda +torch.bfloat16 +xformers +yes, auto", out)
+
+
 @pytest.mark.cuda
-def test_info_of_a_gpu_runs_what_it_calls_runnable():
-    for row in backends("cuda", torch.bfloat16):
-        assert row["device"] == "cuda" and isinstance(row["why_not"], list)
+def test_info_of_a_gpu_tells_what_runs_on_it():
+    query, key = (torch.randn(1, n, 8, 96, device="cuda", dtype=torch.bfloat16) for n in (21, 225))
+    mask = torch.ones(1, 21, 225, dtype=torch.bool, device="cuda")
+    rows = [row for row in backends("cuda", torch.bfloat16) if row["op"] == "masked_attention"]
+    assert {row["backend"]: row["why_not"] for row in rows} == explain_backends(query, key, key, mask)
+    assert [row["backend"] for row in rows if row["auto"]] == [auto_backend(query, key, key, mask)]
+    whole = masked_attention(query, key, key, mask, backend="eager")
+    for row in rows:
+        if row["why_not"]:
+            with pytest.raises(NotImplementedError, match="cannot run"):
+                masked_attention(query, key, key, mask, backend=row["backend"])
+        else:
+            found = masked_attention(query, key, key, mask, backend=row["backend"])
+            torch.testing.assert_close(found, whole, atol=2e-2, rtol=2e-2)
 
 
 # ----------------------------------------------------------------------------------------------- completion
@@ -222,6 +293,54 @@ def test_lists_that_cannot_be_used_are_one_line(line, says, run, photos, tmp_pat
     assert predict("--checkpoint", run, "--image", photos / "list.jsonl", "--out", tmp_path / "m") == 2
     err = capsys.readouterr().err
     assert says in err and err.count("\n") == 1 and not (tmp_path / "m").exists()
+
+
+def test_what_ails_all_images_stops_at_once(run, photos, tmp_path, monkeypatch, capsys):
+    """A place that cannot be written or a model that cannot run is no image's fault."""
+    from reference_model.viewing import predict as room
+
+    arguments = ("--checkpoint", run, "--image", photos, "--expression", "star", "--out", tmp_path / "m")
+    for part in ("_save", "_answers"):
+        tried = []
+
+        def broken(*_, tried=tried):
+            tried.append(1)
+            raise InputError("no space left")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(room, part, broken)
+            assert predict(*arguments) == 2
+        assert len(tried) == 1 and "no space left" in capsys.readouterr().err
+    broken = shutil.copytree(run, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"no weights")
+    assert predict("--checkpoint", broken, *arguments[2:]) == 2
+    err = capsys.readouterr().err
+    assert "model.safetensors: cannot be read" in err and "left out" not in err
+
+
+def test_sentence_without_a_word_costs_its_image_alone(run, photos, tmp_path, capsys):
+    rows = [{"image": "0.jpg", "expression": "\u200b"}, {"image": "2.jpg", "expression": "star"}]
+    (photos / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.warns(UserWarning, match="has no word.*left out"):
+        assert (
+            predict("--checkpoint", run, "--image", photos / "list.jsonl", "--out", tmp_path / "m", "--json")
+            == 0
+        )
+    (entry,) = json.loads(capsys.readouterr().out)
+    assert entry["image"].endswith("2.jpg")
+
+
+def test_broken_samples_of_a_data_set_stop_predict_or_are_counted(run, scenes, tmp_path, capsys):
+    root = shutil.copytree(scenes, tmp_path / "data")
+    groups = spaced_images(read(DataConfig(root)), "val", 100)
+    groups[0][0].image.write_bytes(b"no image")
+    gone, whole = len(groups[0]), sum(map(len, groups))
+    given = ("--checkpoint", run, "--data.root", root, "--count", whole, "--out", tmp_path / "p", "--json")
+    assert predict(*given) == 2
+    assert "not an image of a known kind" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match=f"; {gone} of {whole} samples left out"):
+        assert predict(*given, "--data.on_error", "skip") == 0
+    assert len(json.loads(capsys.readouterr().out)) == whole - gone
 
 
 def test_folder_without_a_sentence_says_what_to_add(run, photos, capsys):

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,8 +25,17 @@ from reference_model.scoring.protocols import PROTOCOLS
 from reference_model.scoring.table import aligned
 from reference_model.viewing.config import FiguresConfig
 from reference_model.viewing.explain import Encoded, encode, explain, with_ratio
-from reference_model.viewing.runs import answered, data_of, image_of, picture, spaced_images, truth_at
+from reference_model.viewing.runs import (
+    answered,
+    data_of,
+    image_of,
+    picture,
+    spaced_images,
+    truth_at,
+    usable,
+)
 
+_NO_VE = "this model has no visual expression, it curates nothing"
 _PIXELS = 300
 """Most pixels of each kind in a t-SNE."""
 
@@ -53,7 +63,8 @@ def figures(config: FiguresConfig) -> dict[str, Any]:
     runs = {name: load_checkpoint(path, device=device) for name, path in zip(names, paths, strict=True)}
     out = config.checkpoint / "figures" if config.out is None else config.out
     refuse_unwritable(out / "comparison.png")
-    groups = spaced_images(data_of(config.checkpoint, config.data), config.split, config.limit)
+    reader = data_of(config.checkpoint, config.data)
+    groups, unread = usable(spaced_images(reader, config.split, config.limit), reader.on_error)
     main, extracts = runs[names[0]], runs[names[0]].model.guidance.extractor is not None
     own = {name: run.config.ratio for name, run in runs.items()}
     sweeps = {
@@ -64,12 +75,7 @@ def figures(config: FiguresConfig) -> dict[str, Any]:
     drawn = {"comparison": _comparison(draw, runs, groups, config.count)}
     drawn |= _tokens(draw, main, groups, config.count)
     near = {name: _embedded(run, groups, config.seed) for name, run in runs.items()}
-    drawn["embeddings"] = draw.embedding_map(
-        {name: first for name, (first, _) in near.items()},
-        seed=config.seed,
-        title=f"Pixels, LE and VE (t-SNE); over {len(groups)} images\nmean silhouette "
-        + ", ".join(f"{mean:+.2f}" for _, mean in near.values()),
-    )
+    drawn["embeddings"] = _map_of(draw, near, len(groups), config.seed)
     curves = {name: (found.curve.precision, found.curve.recall) for name, found in sweeps.items()}
     drawn["precision_recall"] = draw.precision_recall(curves, title=f"Precision and recall ({about})")
     swept = {r: found["oIoU"] for r, found in sorted(sweeps[names[0]].scores.items())}
@@ -78,16 +84,27 @@ def figures(config: FiguresConfig) -> dict[str, Any]:
     )
     if config.ablation is not None:
         series["trained with each r"] = trained(config.ablation, config.split)
-    if series:
-        chosen = own[names[0]] if extracts else None
-        drawn["ratio"] = draw.score_by_ratio(series, chosen=chosen, title=f"oIoU by r ({about})")
+    chosen = own[names[0]] if extracts else None
+    drawn["ratio"] = (
+        draw.score_by_ratio(series, chosen=chosen, title=f"oIoU by r ({about})") if series else _NO_VE
+    )
+    left_out = {stem: why for stem, why in drawn.items() if isinstance(why, str)}
+    for stem, why in left_out.items():
+        warnings.warn(f"{stem}: not drawn, {why}", stacklevel=2)
     result = {
-        "files": [str(path) for stem, figure in drawn.items() for path in draw.save(figure, out / stem)],
+        "files": [
+            str(path)
+            for stem, figure in drawn.items()
+            if stem not in left_out
+            for path in draw.save(figure, out / stem)
+        ],
+        "not drawn": left_out,
         "images": len(groups),
+        "sentences left out": unread,
         "AUC-PR": {name: found.curve.area for name, found in sweeps.items()},
         "oIoU": {name: sweeps[name].scores[own[name]]["oIoU"] for name in names},
-        "oIoU by r": {f"{r:g}": score for r, score in swept.items()},
-        "silhouette": {name: mean for name, (_, mean) in near.items()},
+        "oIoU by r": {f"{r:g}": score for r, score in swept.items()} if extracts else {},
+        "silhouette": {name: None if one is None else one[1] for name, one in near.items()},
     }
     print(json.dumps(result, indent=2) if config.json else _text(result))
     return result
@@ -202,7 +219,10 @@ def _spaced(items: Sequence[Any], count: int) -> list[Any]:
 
 
 def _tokens(draw: Any, run: Checkpoint, groups: Sequence[list[Record]], count: int) -> dict[str, Any]:
-    """Draw relevance, curated tokens and attention of one sentence, and the sums of attention of several."""
+    """Draw relevance, curated tokens and attention of one sentence, and the sums of attention of several.
+
+    In place of a figure that does not apply to the model stands why.
+    """
     rows = [next((r for r in group if not r.no_target), group[0]) for group in _spaced(groups, count)]
     images = [image_of(record) for record in rows]
     found = [explain(run, encode(run, image), [r.expression])[0] for r, image in zip(rows, images)]
@@ -210,7 +230,7 @@ def _tokens(draw: Any, run: Checkpoint, groups: Sequence[list[Record]], count: i
     # The longest sentence shows most words.
     i = max(range(len(found)), key=lambda i: len(found[i].tokens))
     one, title = found[i], f"“{found[i].expression}”"
-    drawn = {}
+    drawn: dict[str, Any] = {"relevance": _NO_VE, "curated": _NO_VE}
     if one.scores is not None:
         drawn["relevance"] = draw.relevance(seen[i], one.tokens, one.scores, title=f"Relevance: {title}")
         drawn["curated"] = draw.curated_tokens(
@@ -222,8 +242,10 @@ def _tokens(draw: Any, run: Checkpoint, groups: Sequence[list[Record]], count: i
         one.tokens,
         finest(one.to_language),
         finest(one.to_visual),
+        visual_words=one.visual_tokens,
         title=f"Attention of pixels to each token: {title}",
     )
+    drawn["attention"] = "the decoder of this model does not attend to both LE and VE"
     if one.to_language is not None and one.to_visual is not None:
         drawn["attention"] = draw.attention_sums(
             seen,
@@ -274,12 +296,18 @@ def embeddings(
     l, language, visual = len(found.tokens), found.to_language is not None, found.to_visual is not None
     none = tokens[:0]
     return drawing().Embeddings(
-        pixels[kept], target[kept], tokens[:l] if language else none, tokens[-l:] if visual else none
+        pixels[kept],
+        target[kept],
+        tokens[:l] if language else none,
+        tokens[-l:][found.expressed] if visual else none,
     )
 
 
-def _embedded(run: Checkpoint, groups: Sequence[list[Record]], seed: int) -> tuple[Any, float]:
-    """Give one sentence's embeddings, the first that can be had, and the mean silhouette over the images."""
+def _embedded(run: Checkpoint, groups: Sequence[list[Record]], seed: int) -> tuple[Any, float] | None:
+    """Give one sentence's embeddings, the first that can be had, and the mean silhouette over the images.
+
+    None where no target covers a cell and leaves one.
+    """
     draw, first, found = drawing(), None, []
     for group in tqdm(groups, desc="silhouette", unit="image", leave=False, disable=None):
         record = next((r for r in group if not r.no_target), None)
@@ -290,9 +318,22 @@ def _embedded(run: Checkpoint, groups: Sequence[list[Record]], seed: int) -> tup
         if one is not None:
             first = one if first is None else first
             found.append(draw.silhouette(one.pixels, one.target))
-    if first is None:
-        raise InputError("figures: no target covers a cell of the decoder's grid; choose another split")
-    return first, float(np.mean(found))
+    return None if first is None else (first, float(np.mean(found)))
+
+
+def _map_of(draw: Any, near: dict[str, tuple[Any, float] | None], images: int, seed: int) -> Any:
+    """Draw the t-SNE of the runs that have one, or say why there is none."""
+    had = {name: one for name, one in near.items() if one is not None}
+    if not had:
+        return "no target covers a cell of the decoder's grid and leaves one; choose another split"
+    for name in near.keys() - had.keys():
+        warnings.warn(f"embeddings: without {name}, of whose grid no target covers a cell", stacklevel=3)
+    means = ", ".join(f"{mean:+.2f}" for _, mean in had.values())
+    return draw.embedding_map(
+        {name: first for name, (first, _) in had.items()},
+        seed=seed,
+        title=f"Pixels, LE and VE (t-SNE); over {images} images\nmean silhouette {means}",
+    )
 
 
 def trained(path: Path, split: str) -> tuple[list[float], list[float], list[float] | None]:
@@ -329,7 +370,8 @@ def _text(result: dict[str, Any]) -> str:
     cell = lambda value: f"{100 * value:.2f}"
     rows = [["run", "oIoU %", "AUC-PR %", "silhouette of target pixels"]]
     for name in names:
-        silhouette = f"{result['silhouette'][name]:+.3f}"
+        mean = result["silhouette"][name]
+        silhouette = "-" if mean is None else f"{mean:+.3f}"
         rows.append([name, cell(result["oIoU"][name]), cell(result["AUC-PR"][name]), silhouette])
     lines = [aligned(rows, left=1)]
     if result["oIoU by r"]:
