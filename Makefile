@@ -38,8 +38,9 @@ test: $(VENV)/.ready
 # The triton kernels once more, in Triton's interpreter: it reads the variable when a kernel is defined.
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 tests/ops -k triton
 
+# Two at most: the largest takes 8 GiB.
 test-slow: $(VENV)/.ready
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n auto --maxprocesses 2
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .
