@@ -36,7 +36,7 @@ def test_metris_swin_b_memorises_four_pairs_from_random_weights(tmp_path, monkey
         replace(
             config,
             model=network,
-            steps=60,
+            steps=28,
             batch_size=4,
             learning_rate=2e-4,
             warmup_steps=5,
