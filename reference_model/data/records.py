@@ -58,6 +58,9 @@ class Record:
     raw: str | None = None
     """The sentence before it was cleaned, where the cleaned one is read and this form of it differs."""
 
+    place: str | None = field(default=None, repr=False, compare=False)
+    """What messages call the place that the content of an image came from, such as a sample of a shard."""
+
     @property
     def no_target(self) -> bool:
         """Whether the sentence refers to nothing in the image, so that its mask is empty."""
@@ -65,8 +68,10 @@ class Record:
 
     @property
     def image_name(self) -> str:
-        """What messages call the image: its file, or its number."""
-        return f"image {self.image_id}" if isinstance(self.image, bytes) else str(self.image)
+        """What messages call the image: its file, or its place and number."""
+        if isinstance(self.image, Path):
+            return str(self.image)
+        return f"{self.place}: image {self.image_id}" if self.place else f"image {self.image_id}"
 
     def mask(self, overlaps: Overlaps = "union") -> np.ndarray:
         """(height, width) bool, True inside what it refers to; see `segmentation_mask`, `open_mask`."""

@@ -196,6 +196,7 @@ class Shards(Reader):
                         sent_id=sent_id,
                         raw=raw,
                         category_id=category_id,
+                        place=where,
                     )
                 )
         return records
