@@ -32,8 +32,8 @@ def app(config: AppConfig) -> None:
     _refuse_taken(config.host, config.port)
     device = pick_device(config.device)
     folder = demo_run(config.demo) if config.checkpoint is None else config.checkpoint
-    print("starting; this takes some seconds", file=sys.stderr, flush=True)
     checkpoint = load_checkpoint(folder, device=device)
+    print("starting; this takes some seconds", file=sys.stderr, flush=True)
     from reference_model.viewing import web_page
 
     web_page.serve(web_page.blocks(checkpoint, folder), host=config.host, port=config.port)
