@@ -180,7 +180,8 @@ def main() -> None:
         for room in rooms:
             room.mkdir()
         with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
-            tar.extractall(rooms[2], filter="data")
+            # Pythons before 3.10.12 and 3.11.4 have no filters.
+            tar.extractall(rooms[2], **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
         trees = [Tree(ROOT, rooms[0], arguments.threads), Tree(rooms[2], rooms[1], arguments.threads)]
         print(f"{'row':<40} {'base ms':>9} {'here ms':>9} {'here/base':>9}  p20 to p80", flush=True)
         try:

@@ -196,8 +196,11 @@ def agreement(model: METRIS, exported: Checkpoint, file: Path) -> Agreement:
     inputs = _example(config, images=1, sentences=3, words=min(9, config.max_tokens))
     with torch.no_grad():
         mine, theirs = model(*inputs.values()), exported.model(*inputs.values())
+    for name in ("scores", "dynamic_mask", "logits", "no_target"):
+        if (getattr(mine, name) is None) != (getattr(theirs, name) is None):
+            raise InputError(f"{file}: not written, only one of it and the model has {name}")
     same = torch.ones(len(mine.logits), dtype=torch.bool)
-    if mine.dynamic_mask is not None and theirs.dynamic_mask is not None and theirs.scores is not None:
+    if mine.dynamic_mask is not None:
         cues = mine.dynamic_mask.any(dim=-1, keepdim=True)
         if not theirs.dynamic_mask.equal(top_r_mask(theirs.scores, config.ratio) & cues):
             raise InputError(f"{file}: not written, what it selects is not the top r of its own scores")
@@ -209,8 +212,6 @@ def agreement(model: METRIS, exported: Checkpoint, file: Path) -> Agreement:
     found: dict[str, float] = {}
     for name in ("scores", "logits", "no_target"):
         one, other = getattr(mine, name), getattr(theirs, name)
-        if (one is None) != (other is None):
-            raise InputError(f"{file}: not written, only one of it and the model has {name}")
         if one is None:
             continue
         kept = slice(None) if name == "scores" else same

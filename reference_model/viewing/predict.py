@@ -132,7 +132,8 @@ def _of_many(config: PredictConfig, checkpoint: Checkpoint, many: list[Job]) -> 
     for number, job in enumerate(
         tqdm(many, desc="predict", unit="image", leave=False, disable=None), start=1
     ):
-        out = config.out / f"{number:0{len(str(len(many)))}d}_{job.image.stem}.png"
+        stem = job.image.stem.encode()[:200].decode(errors="ignore")  # a name of a file has 255 bytes at most
+        out = config.out / f"{number:0{len(str(len(many)))}d}_{stem}.png"
         try:  # around these two alone: what ails the model or the disk ails all images
             image = open_image(job.image)
             tokenize(checkpoint.tokenizer, job.expressions, checkpoint.config.max_tokens, warn=False)

@@ -237,14 +237,16 @@ def _tokens(draw: Any, run: Checkpoint, groups: Sequence[list[Record]], count: i
             seen[i], one.tokens, one.curated, title=f"Curated tokens, r = {run.config.ratio:.0%}: {title}"
         )
     finest = lambda maps: None if maps is None else maps[-1]
-    drawn["attention_words"] = draw.attention_to_words(
-        seen[i],
-        one.tokens,
-        finest(one.to_language),
-        finest(one.to_visual),
-        visual_words=one.visual_tokens,
-        title=f"Attention of pixels to each token: {title}",
-    )
+    drawn["attention_words"] = "no word of the sentence has a token that the decoder attends to"
+    if one.to_language is not None or one.visual_tokens:
+        drawn["attention_words"] = draw.attention_to_words(
+            seen[i],
+            one.tokens,
+            finest(one.to_language),
+            finest(one.to_visual),
+            visual_words=one.visual_tokens,
+            title=f"Attention of pixels to each token: {title}",
+        )
     drawn["attention"] = "the decoder of this model does not attend to both LE and VE"
     if one.to_language is not None and one.to_visual is not None:
         drawn["attention"] = draw.attention_sums(

@@ -32,7 +32,7 @@ def data_of(run: Path, given: DataConfig | None) -> Reader:
     """Read the data set that was given, or else the one that a run was trained on.
 
     Where no more than a root was given, that is where the run's data set is now; ``on_error`` and ``workers``
-    tell no data set from another.
+    tell no data set from another, and skip is heeded wherever it stands: a run that skipped is looked at so.
 
     Raises:
         InputError: The run names none, or it cannot be read.

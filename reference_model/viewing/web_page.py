@@ -20,7 +20,7 @@ from reference_model.viewing.web_walls import ClosedRoutes, refuse_foreign_files
 
 BUTTONS = ["download", "fullscreen"]
 """Of a picture; gradio's others include one that uploads it to a hub."""
-FILES_LIVE = 24 * 3600
+FILES_LIVE = 2 * 3600
 """Seconds that gradio keeps uploads and files to download. The image of an open page lives in its session."""
 LET_GO = (
     "This page was left alone for so long that its image was let go: press Find, and it is looked at again."
@@ -40,7 +40,7 @@ def blocks(checkpoint: Checkpoint, run: Path) -> Page:
     """Build the page of a model."""
     curates = checkpoint.model.guidance.extractor is not None
     with Page(title="METRIS", analytics_enabled=False, delete_cache=(600, FILES_LIVE)) as page:
-        # No time to live: gradio lets go of it an hour after the page was closed.
+        # No time to live: gradio lets go of it an hour after the last answer, once its connection broke.
         session = gr.State(Session(), delete_callback=Session.forget)
         gr.Markdown(f"## METRIS: what a sentence means in an image\nModel: `{run}`")
         with gr.Row():
@@ -151,31 +151,34 @@ def blocks(checkpoint: Checkpoint, run: Path) -> Page:
             cut: float, share: float, r: float, sentence: int | None, kind: str, state: Session
         ) -> list[Any]:
             if let_go(state, sentence):
-                return [_notice(LET_GO), gr.skip(), *unchanged(drawn + galleries)]
+                return [_notice(LET_GO), *unchanged(drawn + galleries)]
             if not (curates and state.sentences) or r == state.ratio:
-                return [gr.skip()] * 2 + unchanged(drawn + galleries)
+                return [gr.skip(), *unchanged(drawn + galleries)]
             state.found = explain(checkpoint, state.encoded, state.sentences, ratio=r)
             state.ratio = r
-            return [gr.skip(), state, *draw(state, cut, share), *tell(state, sentence, kind)]
+            return [gr.skip(), *draw(state, cut, share), *tell(state, sentence, kind)]
 
         def retell(state: Session, sentence: int | None, kind: str) -> list[Any]:
             notice = _notice(LET_GO) if let_go(state, sentence) else gr.skip()
             return [notice, *tell(state, sentence, kind)]
 
+        # These write files of the same names, one after the other.
+        writes = {"concurrency_id": "files"}
         live = {"trigger_mode": "always_last", "show_progress": "hidden", "api_visibility": "private"}
         go.click(
             find,
             [source, text, threshold, opacity, ratio, tab, session],
             [message, session, which, *drawn, *galleries],
+            **writes,
         )
-        threshold.change(recut, [threshold, opacity, which, session], [message, *drawn], **live)
+        threshold.change(recut, [threshold, opacity, which, session], [message, *drawn], **live, **writes)
         opacity.change(repaint, [opacity, which, session], [message, masks], **live)
         which.change(retell, [session, which, tab], [message, *galleries], **live)
         for kind, one in tabs.items():
             select = lambda state, sentence, kind=kind: [kind, *retell(state, sentence, kind)]
             one.select(select, [session, which], [tab, message, *galleries], **live)
         inputs = [threshold, opacity, ratio, which, tab, session]
-        ratio.change(recurate, inputs, [message, session, *drawn, *galleries], **live)
+        ratio.change(recurate, inputs, [message, *drawn, *galleries], **live, **writes)
     return page
 
 

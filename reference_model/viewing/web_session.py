@@ -162,8 +162,10 @@ def tiles(encoded: Encoded, found: Explanation, kind: str) -> tuple[str, list[tu
         "attention to LE": (found.to_language and found.to_language[-1], found.tokens),
         "attention to VE": (found.to_visual and found.to_visual[-1], found.visual_tokens),
     }[kind]
-    if maps is None or not len(maps):
+    if maps is None:
         return f"This model has no {kind}.", []
+    if not len(maps):
+        return "No word of this sentence has a visual expression token.", []
     low, high = float(maps.min()), float(maps.max())
     said = f"Dark blue is {low:.2f}, yellow {high:.2f}: "
     if kind == "relevance":

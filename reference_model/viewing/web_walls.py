@@ -1,4 +1,4 @@
-"""What a visitor of the page cannot make its server do: fetch addresses of his choice, run programs for him.
+"""What a visitor of the page cannot make its server do: fetch addresses, read files, run programs for him.
 
 gradio takes a URL wherever a file is expected, and has routes that fetch one, proxy one, call its hub or run
 ffmpeg. With ``--host 0.0.0.0`` anyone could use them, from inside the network of whoever serves the page.
@@ -9,11 +9,12 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import gradio as gr
+from gradio.utils import get_upload_folder, is_in_or_equal
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-_CLOSED = re.compile(r"/(file=\s*https?:|proxy=|run-history|process_recording|vibe-)", re.IGNORECASE)
+_CLOSED = re.compile(r"/(file[=/]\s*https?:|proxy=|run-history|process_recording|vibe-)", re.IGNORECASE)
 _ADDRESS = re.compile(r"\s*([a-z][a-z0-9+.-]*:)?//", re.IGNORECASE)
 
 
@@ -21,13 +22,16 @@ def refuse_foreign_files(data: Any) -> None:
     """Look through what a visitor sent to an event, at any depth: gradio takes files wherever it finds them.
 
     Raises:
-        gr.Error: It names a file by an address that is not that of an upload to this page.
+        gr.Error: It names a file by an address, or one that is no upload to this page.
     """
     if isinstance(data, dict):
         path, url = data.get("path"), data.get("url")
         foreign = _is_address(path) or (_is_address(url) and not _names(url, path))
-        if "path" in data and foreign:
-            raise gr.Error("This page reads no addresses: give the image itself.", print_exception=False)
+        if "path" in data and (foreign or not _is_upload(path)):
+            raise gr.Error(
+                "This page reads no addresses and no files but uploads: give the image itself.",
+                print_exception=False,
+            )
         data = list(data.values())
     if isinstance(data, list | tuple):
         for part in data:
@@ -36,6 +40,11 @@ def refuse_foreign_files(data: Any) -> None:
 
 def _is_address(text: Any) -> bool:
     return isinstance(text, str) and _ADDRESS.match(text) is not None
+
+
+def _is_upload(path: Any) -> bool:
+    """Tell whether a path is in gradio's folder; it looks itself only where a dict says that it is a file."""
+    return isinstance(path, str) and is_in_or_equal(path, get_upload_folder())
 
 
 def _names(url: str, path: Any) -> bool:

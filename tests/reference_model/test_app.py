@@ -358,6 +358,11 @@ def answer(address, blocks, values):
         ({"path": "OWN", "url": f"{FAR}?/gradio_api/file=OWN", "meta": META}, 0.5),
         ({"path": "OWN", "inside": [{"path": FAR, "meta": META}]}, 0.5),
         ({"path": "OWN", "meta": META}, {"path": FAR, "meta": META}),
+        # Files of the server: gradio asks no questions where a dict does not say that it is a file.
+        ({"path": "HERE"}, 0.5),
+        ({"path": "HERE", "meta": {"_type": "another"}}, 0.5),
+        ({"path": "HERE", "meta": META}, 0.5),
+        ({"path": "OWN/../../HERE"}, 0.5),
     ],
 )
 def test_addresses_instead_of_files_are_refused_and_not_fetched(
@@ -365,14 +370,16 @@ def test_addresses_instead_of_files_are_refused_and_not_fetched(
 ):
     with photos[0].open("rb") as file:
         (own,) = httpx.post(f"{address}/gradio_api/upload", files={"files": file}).json()
-    image = json.loads(json.dumps(image).replace("OWN", own))
+    image = json.loads(json.dumps(image).replace("OWN", own).replace("HERE", str(photos[0])))
     told = answer(address, blocks, [image, "star", threshold, 0.6, 0.3, None, None])
     assert fetched == [] and not told["success"] and "reads no addresses" in told["output"]["error"]
     own = {"path": own, "url": f"{address}/gradio_api/file={own}", "meta": META}
     assert answer(address, blocks, [own, "star", 0.5, 0.6, 0.3, None, None])["success"]
 
 
-@pytest.mark.parametrize("route", ["file=", "proxy=", "file=%20", "run-history/connect?"])
+@pytest.mark.parametrize(
+    "route", ["file=", "file/", "proxy=", "file=%20", "file/%20", "run-history/connect?"]
+)
 def test_routes_that_fetch_are_closed(route, address, fetched):
     found = httpx.get(f"{address}/gradio_api/{route}{FAR}")
     assert fetched == [] and found.status_code == 403

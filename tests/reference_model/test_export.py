@@ -209,6 +209,7 @@ def test_program_that_agrees_is_told_from_one_that_does_not(small):
         "its scores differ": {"scores": moved(scores, 1, 1, 0, by=-1e-3)},
         "only one of it and the model has no_target": {"no_target": None},
         "only one of it and the model has scores": {"scores": None, "dynamic_mask": None},
+        "only one of it and the model has dynamic_mask": {"dynamic_mask": None},
     }.items():
         with pytest.raises(InputError, match=rf"a\.onnx: not written, .*{says}"):
             case.agree(**changes)

@@ -473,7 +473,8 @@ def test_figures_of_a_run_have_the_scores_of_evaluate(bold_run, scenes, tmp_path
     for numbers in ("oIoU", "AUC-PR", "silhouette"):  # the same weights, so the same curve
         assert found[numbers][name] == found[numbers][twin]
     assert found["oIoU"][name] == pytest.approx(scored["val"]["METRIS"]["oIoU"], abs=1e-9)
-    assert found["AUC-PR"][name] == pytest.approx(scored["val"]["METRIS"]["AUC-PR"], abs=1e-9)
+    # Other batches round otherwise: a pixel may fall into the next of 1,001 bins.
+    assert found["AUC-PR"][name] == pytest.approx(scored["val"]["METRIS"]["AUC-PR"], rel=1e-5)
     assert found["oIoU by r"]["0.3"] == found["oIoU"][name] and set(found["oIoU by r"]) == {"0.3", "0.9"}
     wanted = {f"{stem}.{kind}" for stem in STEMS for kind in ("png", "pdf")}
     assert {Path(path).name for path in found["files"]} == wanted
