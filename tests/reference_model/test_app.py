@@ -362,7 +362,7 @@ def answer(address, blocks, values):
         ({"path": "HERE"}, 0.5),
         ({"path": "HERE", "meta": {"_type": "another"}}, 0.5),
         ({"path": "HERE", "meta": META}, 0.5),
-        ({"path": "OWN/../../HERE"}, 0.5),
+        ({"path": "OWN/../../../../../../..HERE"}, 0.5),
     ],
 )
 def test_addresses_instead_of_files_are_refused_and_not_fetched(
