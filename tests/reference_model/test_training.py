@@ -346,10 +346,18 @@ def test_compile_compiles_the_model_once(another, monkeypatch):
 
 @pytest.mark.slow
 def test_compiled_run_learns_the_same(another):
-    """By its losses: Adam moves a weight whose gradient is all but zero by the sign of a rounding."""
+    """By its losses: Adam moves a weight whose gradient is all but zero by the sign of a rounding.
+
+    Without dropout, of which compiled code draws other numbers.
+    """
+    model = another().model
+    without = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = replace(model, text_encoder_options=model.text_encoder_options | without)
     losses = []
     for name in ("eager", "compiled"):
-        config = another(compile=name == "compiled", log_every=1, out=another().out.parent / name)
+        config = another(
+            model=model, compile=name == "compiled", log_every=1, out=another().out.parent / name
+        )
         entries = map(json.loads, (train(config) / "log.jsonl").read_text().splitlines())
         losses.append([(entry["total"], entry["gradient_norm"]) for entry in entries if "total" in entry])
     eager, compiled = map(torch.tensor, losses)
