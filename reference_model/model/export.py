@@ -325,7 +325,7 @@ def _save_onnx(program: torch.export.ExportedProgram, file: Path, about: str) ->
         options: dict[str, Any] = {
             "input_names": INPUTS,
             "output_names": list(program.call_spec.out_spec.context),
-            # Its search for patterns takes two thirds of the time, and runtimes have their own.
+            # Its search for patterns takes most of the time, and runtimes have their own.
             "optimize": False,
         }
         with warnings.catch_warnings():
