@@ -25,7 +25,8 @@ class DataConfig:
     """Which form of a sentence is read where there are two: cleaned (CRIS, CGFormer) or raw (LAVT, ReLA)."""
 
     on_error: Literal["stop", "skip"] = "stop"
-    """What a malformed record or a broken image does: stop with one line, or be left out and counted."""
+    """What a malformed record or a broken image does: stop with one line, or be left out and counted. A
+    command that looks at a run skips where its training did."""
 
     workers: int = 0
     """Processes that load batches, 0 or more; 0 loads in the training process itself."""

@@ -5,6 +5,7 @@ import torch
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from reference_model.data.images import open_image as open_image  # the cards of shared models name it here
 
@@ -13,9 +14,12 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def image_pixels(image: Image.Image, size: int) -> Tensor:
-    """Resize an RGB image to (3, size, size) uint8 whatever its aspect, bilinear with antialiasing."""
-    resized = image.resize((size, size), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.ascontiguousarray(rearrange(np.asarray(resized), "h w c -> c h w")))
+    """Resize an RGB image to (3, size, size) uint8 whatever its aspect, bilinear with antialiasing.
+
+    Torch's resizing is Pillow's but for roundings by 1, quicker, and lays out channels in the same pass.
+    """
+    pixels = rearrange(torch.from_numpy(np.array(image)), "h w c -> 1 c h w")
+    return interpolate(pixels, (size, size), mode="bilinear", antialias=True)[0].contiguous()
 
 
 def normalized(pixels: Tensor) -> Tensor:

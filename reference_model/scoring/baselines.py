@@ -10,8 +10,9 @@ from reference_model.data.reader import OnError, Reader
 from reference_model.data.records import Record, segmentation_mask
 from reference_model.data.transforms import resize_mask
 from reference_model.files import InputError
-from reference_model.scoring.evaluator import Scored, Scores
+from reference_model.scoring.evaluator import Scored, Scores, computed
 from reference_model.scoring.metrics import SegmentationMetrics
+from reference_model.scoring.processes import anywhere
 from reference_model.scoring.protocols import Protocol
 
 MOST_MASKS = 2000
@@ -139,5 +140,5 @@ class Baselines:
 
     def scores(self) -> dict[str, Scores]:
         """Give the scores of each."""
-        found = {"mean training mask": self._by_mean.compute()}
-        return found | {"largest object": self._by_size.compute()} if self._annotated else found
+        found = {"mean training mask": computed(self._by_mean)}
+        return found | {"largest object": computed(self._by_size)} if anywhere(self._annotated) else found

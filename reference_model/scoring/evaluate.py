@@ -6,7 +6,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
+
+import torch
+import torch.distributed as dist
 
 from reference_model.data.collate import report_overlong
 from reference_model.data.convert import made_of
@@ -15,17 +18,19 @@ from reference_model.data.plain import read_plain_json, shown
 from reference_model.data.reader import Reader
 from reference_model.data.records import Record
 from reference_model.files import InputError, refuse_unwritable, written_whole
-from reference_model.model.checkpoint import load_checkpoint, pick_device
+from reference_model.model.checkpoint import load_checkpoint
 from reference_model.scoring.baselines import Baselines, evenly, mean_mask_baseline
 from reference_model.scoring.breakdowns import Breakdown
 from reference_model.scoring.config import EvaluateConfig
 from reference_model.scoring.curves import Curve, PrecisionRecall
-from reference_model.scoring.evaluator import Evaluator, ImageGroups, Scored, Scores, computed
+from reference_model.scoring.evaluator import Evaluator, ImageGroups, Scores, computed
 from reference_model.scoring.metrics import SegmentationMetrics
 from reference_model.scoring.metris_predictor import MetrisPredictor
+from reference_model.scoring.outcome import Outcome
 from reference_model.scoring.predictors import CallablePredictor, FilePredictor, Predictor, callable_from
+from reference_model.scoring.processes import anywhere, joined, place
 from reference_model.scoring.protocols import PROTOCOLS, Protocol
-from reference_model.scoring.results import Predictions, write_row
+from reference_model.scoring.results import Predictions, result_line
 from reference_model.scoring.table import score_table
 
 
@@ -48,11 +53,21 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, Scores]]:
     ``intervals``, ``by category`` and ``by length``. The precision-recall curves go to a file of their own,
     NAME_curves.json beside ``out``. In the folder of a checkpoint both keep the splits scored before.
 
+    Under torchrun each process scores its share of the images; the first one returns, writes and prints
+    what one process would, but for a model's own roundings where batches are others.
+
     Raises:
         InputError: The model, the predictions or the data cannot be used, or a value is out of its range.
     """
     protocol = _checked(config)
-    device = pick_device(config.device)
+    with joined(config.device) as device:
+        return _evaluate(config, protocol, device)
+
+
+def _evaluate(
+    config: EvaluateConfig, protocol: Protocol, device: torch.device
+) -> dict[str, dict[str, Scores]]:
+    first = place()[0] == 0
     reader = read(config.data, images=config.predictions is None)
     splits: dict[str, Iterable[Record]] = {}
     for split in (name.strip() for name in config.splits.split(",")):
@@ -76,9 +91,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, Scores]]:
     curves: dict[str, Curve] = {}
     with ExitStack() as stack:
         rows = None
-        if config.results is not None:
+        if config.results is not None and first:
             path = stack.enter_context(written_whole(config.results))
-            rows = Rows(stack.enter_context(path.open("w", encoding="utf-8")), protocol)
+            rows = Rows(stack.enter_context(path.open("w", encoding="utf-8")))
         for split, records in splits.items():
             baselines = None if mean_mask is None else Baselines(reader, mean_mask, protocol)
             result, curve = _scored(config, protocol, reader, predictor, split, records, rows, baselines)
@@ -88,6 +103,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, Scores]]:
             if baselines is not None:
                 found[split] |= baselines.scores()
 
+    if not first:
+        return found
     _write(found, curves, out, *kept)
     if config.json:
         print(json.dumps(found, indent=2))
@@ -109,16 +126,35 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, Scores]]:
     return found
 
 
+class Seen(NamedTuple):
+    """What is told of one sentence, and can be sent from process to process."""
+
+    record: Record
+    outcome: Outcome
+    threshold: float | None
+    line: str | None
+    """Of the file of results, if there is to be one."""
+
+
+def gathered(seen: Iterable[Seen]) -> Iterator[Seen]:
+    """Yield what one process sees as it comes; of several, the first yields all of it, the others nothing."""
+    process, processes = place()
+    if processes == 1:
+        yield from seen
+        return
+    light = [one._replace(record=replace(one.record, image=b"", segmentation=[])) for one in seen]
+    parts: list[list[Seen]] | None = None if process else [[]] * processes
+    dist.gather_object(light, parts)
+    # One after the other as one process would: an image is with one of them.
+    every = [one for part in parts or () for one in part]
+    yield from sorted(every, key=lambda one: (one.record.image_id, one.record.ref_id))
+
+
 class Rows:
-    """Lines of results, a line for each sentence of a run: parts of a split that was scored add none.
+    """Lines of results, a line for each sentence of a run: parts of a split that was scored add none."""
 
-    Args:
-        file: Where they go.
-        protocol: How masks are compared.
-    """
-
-    def __init__(self, file: TextIO, protocol: Protocol) -> None:
-        self.file, self.protocol = file, protocol
+    def __init__(self, file: TextIO) -> None:
+        self.file = file
         self._before: set[tuple[str, int]] = set()
         self._here: set[tuple[str, int]] = set()
 
@@ -127,15 +163,14 @@ class Rows:
         self._before |= self._here
         self._here = set()
 
-    def add(self, scored: Scored) -> None:
+    def add(self, record: Record, line: str) -> None:
         """Write a sentence; raises where the split has its sent_id twice."""
-        key = (scored.record.split, scored.record.sent_id)
+        key = (record.split, record.sent_id)
         if key in self._here:
-            raise _repeated(scored.record)
+            raise _repeated(record)
         self._here.add(key)
         if key not in self._before:
-            found = (scored.record, scored.outcome, scored.mask, self.protocol)
-            write_row(self.file, *found, scored.no_target, scored.threshold)
+            self.file.write(line)
 
 
 def _scored(
@@ -156,19 +191,30 @@ def _scored(
     cuts: set[float | None] = set()
     if rows is not None:
         rows.begin()
-    for scored in evaluator.outcomes(predictor, records, metrics, curve, title=split, total=total):
-        breakdown.add(scored.record, scored.outcome)
-        cuts.add(scored.threshold)
-        if config.threshold is not None and scored.threshold is None:
-            raise InputError(f"threshold: does nothing to the bool masks of {config.model}; leave it out")
-        if rows is not None:
-            rows.add(scored)
-        if baselines is not None:
-            baselines.add(scored)
-    if not metrics.tallies[0]:
+
+    def seen() -> Iterator[Seen]:
+        for scored in evaluator.outcomes(predictor, records, metrics, curve, title=split, total=total):
+            record, outcome, mask, _, no_target, threshold = scored
+            if config.threshold is not None and threshold is None:
+                raise InputError(f"threshold: does nothing to the bool masks of {config.model}; leave it out")
+            if baselines is not None:
+                baselines.add(scored)
+            line = None
+            if config.results is not None:
+                line = result_line(record, outcome, mask, protocol, no_target, threshold)
+            yield Seen(record, outcome, threshold, line)
+
+    for one in gathered(seen()):
+        breakdown.add(one.record, one.outcome)
+        cuts.add(one.threshold)
+        if rows is not None and one.line is not None:
+            rows.add(one.record, one.line)
+    if not anywhere(bool(metrics.tallies[0])):
         raise InputError(f"{reader.source}: nothing of split {split!r} could be decoded; mend the data")
     result = computed(metrics)
-    found = computed(curve) if curve.histogram.any() else None
+    found = computed(curve) if anywhere(bool(curve.histogram.any())) else None
+    if place()[0]:
+        return result, found
     if found is not None:
         result["AUC-PR"] = found.area
     left_out = 0
@@ -263,7 +309,7 @@ def _predictor(
         return config.predictions.name, FilePredictor(file, config.data.on_error)
     checkpoint = load_checkpoint(config.checkpoint, device=device)
     listed = [record for found in splits.values() if isinstance(found, Sequence) for record in found]
-    if listed:
+    if listed and place()[0] == 0:
         report_overlong(checkpoint.tokenizer, listed, checkpoint.config.max_tokens)
     return "METRIS", MetrisPredictor(
         checkpoint.model,

@@ -20,6 +20,7 @@ from reference_model.scoring.curves import PrecisionRecall
 from reference_model.scoring.metrics import SegmentationMetrics
 from reference_model.scoring.outcome import Outcome
 from reference_model.scoring.predictors import Predictor
+from reference_model.scoring.processes import place, running
 from reference_model.scoring.protocols import PROTOCOLS, Protocol
 
 Scores = dict[str, Any]
@@ -124,14 +125,14 @@ class Evaluator:
             title: Of the progress bar.
             total: Number of sentences that the progress bar shall expect.
         """
-        shared = dist.is_available() and dist.is_initialized()
-        share = (dist.get_rank(), dist.get_world_size()) if shared else (0, 1)
+        share = place()
         answers = predictor(ImageGroups(records, self.protocol, *share))
         total = len(records) if total is None and isinstance(records, Sequence) else total
         total = total if self.protocol.sentences == "all" and share[1] == 1 else None
         truths: dict[int, tuple[Any, np.ndarray | None]] = {}
         image = None
-        for record, answer in tqdm(answers, title, total, leave=False, unit="sentence", disable=None):
+        silent = True if share[0] else None  # None: where there is no terminal
+        for record, answer in tqdm(answers, title, total, leave=False, unit="sentence", disable=silent):
             if record.image_id != image:
                 image, truths = record.image_id, {}
             # Sentences of one object share its segmentation; kept here, its id stays its own.
@@ -173,6 +174,6 @@ def truth_of(record: Record, protocol: Protocol) -> np.ndarray:
 
 def computed(metric: SegmentationMetrics | PrecisionRecall) -> Any:
     """Compute a metric, over all processes."""
-    if dist.is_available() and dist.is_initialized() and dist.get_backend() == "nccl":
+    if running() and dist.get_backend() == "nccl":
         metric = metric.to("cuda")
     return metric.compute()

@@ -11,7 +11,7 @@ no_target is heeded, and protocol must be the one that is asked for.
 import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -24,16 +24,15 @@ from reference_model.scoring.outcome import Outcome
 from reference_model.scoring.protocols import PROTOCOLS, Protocol
 
 
-def write_row(
-    file: TextIO,
+def result_line(
     record: Record,
     found: Outcome,
     mask: np.ndarray,
     protocol: Protocol,
     no_target: float | None,
     threshold: float | None = None,
-) -> None:
-    """Append one sentence."""
+) -> str:
+    """Give the line of one sentence."""
     rle = coco_mask.encode(np.asfortranarray(mask.view(np.uint8)))
     row = {key: getattr(record, key) for key in ("sent_id", "ref_id", "image_id", "split", "expression")}
     row |= {"category_id": record.category_id, "protocol": protocol.name}
@@ -41,7 +40,7 @@ def write_row(
     row |= found._asdict()
     row |= {} if no_target is None else {"no_target": no_target}
     row["mask"] = {"size": list(mask.shape), "counts": rle["counts"].decode("ascii")}
-    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def rows(path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:

@@ -4,7 +4,6 @@
 bf16 or fp16, and scales the loss of fp16. Its FSDP2 wants GPUs, so torch's own is called, which does not.
 """
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -23,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from reference_model.files import InputError
-from reference_model.model.checkpoint import pick_device
+from reference_model.scoring.processes import join_processes
 from reference_model.training.config import TrainConfig
 
 
@@ -33,24 +32,13 @@ def start_processes(config: TrainConfig) -> Accelerator:
     Raises:
         InputError: The device cannot be had, or cannot do what is asked for.
     """
-    several = "WORLD_SIZE" in os.environ
-    if several and (config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())):
-        # Before anything else touches a GPU, or every process would hold some memory of the first one.
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    device = pick_device(config.device)
+    device = join_processes(config.device)
     if device.type == "cuda" and ":" in config.device:
-        if several:
-            raise InputError(
-                f"device {config.device}: torchrun gives each process a GPU of its own; use cuda or auto"
-            )
         torch.cuda.set_device(device)  # whose random numbers a state takes
     if config.precision == "fp16" and device.type != "cuda":
         raise InputError(f"precision fp16: needs a GPU, the device is {device}; use bf16 or float32")
     if config.precision == "fp16" and config.sharding == "fsdp2":
         raise InputError("precision fp16: its loss scaling does not know sharding fsdp2; use bf16")
-    if several and not dist.is_initialized():
-        # Scores are added up on the CPU, gradients where they are.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     # It is one for the whole process otherwise, with the settings of the run before.
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(

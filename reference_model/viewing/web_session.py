@@ -1,5 +1,6 @@
 """What one visitor of the page has open: an image, sentences, answers, and the pictures and files of them."""
 
+import functools
 import html
 import json
 import shutil
@@ -97,8 +98,14 @@ def asked(
             ) from error
         encoded = encode(checkpoint, open_image(file, name=path.name))
     found = explain(checkpoint, encoded, sentences, ratio=ratio)
-    folder = before.folder or tempfile.mkdtemp(prefix="metris-app-")
+    folder = before.folder or tempfile.mkdtemp(dir=_room().name)
     return Session(source, encoded, sentences, found, ratio, folder)
+
+
+@functools.cache
+def _room() -> "tempfile.TemporaryDirectory[str]":
+    """Where all sessions keep their files; removed when the program ends, with pages still open too."""
+    return tempfile.TemporaryDirectory(prefix="metris-app-")
 
 
 def cut_at(session: Session, threshold: float) -> Cut:

@@ -16,7 +16,7 @@ from reference_model.scoring.compare import compare
 from reference_model.scoring.config import CompareConfig
 from reference_model.scoring.outcome import outcome, scores, tally
 from reference_model.scoring.protocols import PROTOCOLS
-from reference_model.scoring.results import write_row
+from reference_model.scoring.results import result_line
 from tests.reference_model.test_metrics import record_of
 
 
@@ -30,7 +30,7 @@ def results(path, predictions, *, protocol="metris", images=4, change=None):
             record = record if truth.any() else replace(record, ann_id=())
             found = outcome(prediction, truth, protocol)
             if change is None or (record := change(record)) is not None:
-                write_row(file, record, found, prediction, protocol, None, protocol.cutoff)
+                file.write(result_line(record, found, prediction, protocol, None, protocol.cutoff))
     return path
 
 

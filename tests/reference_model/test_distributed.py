@@ -27,10 +27,9 @@ from tests.reference_model.test_resume import in_child
 STEPS = 20
 # 1.2e-7 · about fifty roundings of a step, that twenty steps of Adam carry on.
 LOSS = 1e-5
-RESETS = pytest.mark.xfail(
-    strict=False,
-    reason="two processes of FSDP2 on gloo: about one run in five loses a connection; not yet found",
-)
+# Two processes of FSDP2 on gloo have lost their connection now and then, why was not found; never again since
+# tests run a backward pass before they fork. A run that ends so is tried once more; wrong results are not.
+RESETS = pytest.mark.flaky(reruns=1, only_rerun="a process ended early")
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +120,7 @@ def recorded(config: TrainConfig, *, world: int = 1, kill_at: int | None = None)
         (notes / f"{rank}.json").write_text(json.dumps(found))
 
     codes = on_processes(world, task) if world > 1 else [in_child(lambda: task(0))]
-    assert kill_at is not None or codes == [0]
+    assert kill_at is not None or codes == [0], f"a process ended early: {codes}"
     by_rank = [json.loads((notes / f"{rank}.json").read_text()) for rank in range(world)]
     in_turn = [
         [i for pieces in zip(*step, strict=True) for piece in pieces for i in piece]

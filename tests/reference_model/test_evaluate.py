@@ -35,6 +35,7 @@ from reference_model.scoring.predictors import CallablePredictor
 from reference_model.scoring.protocols import PROTOCOLS
 from reference_model.training.train import train
 from reference_model.viewing.predict import predict_masks
+from tests.reference_model.test_distributed import on_processes
 
 KINDS = ("checkpoint", "model", "predictions")
 
@@ -783,3 +784,39 @@ def test_models_get_a_batch_of_sentences_at_most_and_their_errors_stay_theirs(da
 def test_tables_show_every_precision_of_the_protocol(run, data, tmp_path, capsys):
     evaluate(EvaluateConfig(data, run, protocol="rela", out=tmp_path / "m.json"))
     assert "P@0.7  P@0.8  P@0.9" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("sort", ["probabilities", "masks"])
+def test_three_processes_write_what_one_writes(any_data, tmp_path, monkeypatch, capfd, sort):
+    """Of val they have 3, 3 and 2 images, of testA one of them has none."""
+    counts = {s: len({r.image_id for r in read(any_data).records(s)}) for s in ("val", "testA")}
+    assert counts == {"val": 8, "testA": 2}
+
+    def guess(image, sentences):
+        grey = torch.from_numpy(np.array(image.convert("L"))) / 255
+        guesses = torch.stack([grey / (1 + len(sentence) % 3) for sentence in sentences])
+        return guesses if sort == "probabilities" else guesses > 0.2
+
+    config = EvaluateConfig(
+        any_data,
+        model=module_with(monkeypatch, guess=guess)("guess"),
+        splits="val,testA",
+        out=tmp_path / "m.json",
+        results=tmp_path / "r.jsonl",
+        device="cpu",
+        baselines=True,
+        breakdowns=True,
+        intervals=True,
+    )
+
+    def written():
+        files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        for path in tmp_path.iterdir():
+            path.unlink()
+        return files, capfd.readouterr().out
+
+    evaluate(config)
+    alone = written()
+    assert set(alone[0]) == {"m.json", "r.jsonl"} | ({"m_curves.json"} if sort == "probabilities" else set())
+    assert on_processes(3, lambda rank: evaluate(config)) == [0]
+    assert written() == alone

@@ -340,6 +340,22 @@ def test_bright_square_and_its_mask_coincide_under_a_large_stretch():
         assert centre == pytest.approx([59.5, 139.5], abs=0.05)
 
 
+@given(st.tuples(st.integers(1, 90), st.integers(1, 90)), st.integers(1, 64), st.integers(0, 2**32 - 1))
+@settings(deadline=None, max_examples=60)
+def test_resized_pixels_are_pillows_but_for_a_rounding(height_width, size, seed):
+    """The peers resize by Pillow or OpenCV; noise is where another filter would show."""
+    image = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*height_width, 3), dtype=np.uint8))
+    expected = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+    pixels = image_pixels(image, size)
+    assert pixels.is_contiguous() and pixels.dtype == torch.uint8
+    assert np.abs(pixels.numpy().astype(int) - expected).max() <= 1
+
+
+def test_image_of_the_right_size_keeps_its_pixels():
+    pixels = image_pixels(Image.fromarray(gradient(8, 8)), 8)
+    np.testing.assert_array_equal(pixels.numpy().transpose(1, 2, 0), gradient(8, 8))
+
+
 def test_image_tensor_undoes_to_the_pixels_by_imagenet_statistics():
     pixels = gradient(8, 8)
     tensor = image_tensor(Image.fromarray(pixels), 8)
