@@ -38,25 +38,32 @@ class PrecisionRecall(Metric):
     """
 
     histogram: Tensor
+    masks: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.add_state("histogram", torch.zeros(2, BINS, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("masks", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, probability: np.ndarray, truth: np.ndarray) -> None:
+    def update(self, probability: np.ndarray | None, truth: np.ndarray) -> None:
         """Add one sentence.
 
         Args:
-            probability: (h, w) float32, 0 to 1.
+            probability: (h, w) float32, 0 to 1. None: the answer was a mask, which has no curve.
             truth: (h, w) bool, True inside the object.
 
         Raises:
             ValueError: The shapes differ, or a probability is outside of 0 to 1 or NaN.
         """
-        self.histogram += torch.from_numpy(histogram(probability, truth)).to(self.histogram.device)
+        if probability is None:
+            self.masks += 1
+        else:
+            self.histogram += torch.from_numpy(histogram(probability, truth)).to(self.histogram.device)
 
-    def compute(self) -> Curve:
-        """Return the curve."""
+    def compute(self) -> Curve | None:
+        """Return the curve; None where a sentence was answered by a mask, or there was none."""
+        if self.masks or not self.histogram.any():
+            return None
         counts = self.histogram.cpu().numpy()
         background, inside = np.cumsum(counts[:, ::-1], axis=1)[:, ::-1]
         predicted = background + inside

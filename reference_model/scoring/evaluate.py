@@ -137,16 +137,29 @@ class Seen(NamedTuple):
 
 
 def gathered(seen: Iterable[Seen]) -> Iterator[Seen]:
-    """Yield what one process sees as it comes; of several, the first yields all of it, the others nothing."""
+    """Yield what one process sees as it comes; of several, the first yields all of it, the others nothing.
+
+    Of several, a split is held without its images and masks, and a stream comes out in the order of images.
+
+    Raises:
+        InputError: That of any process, in all of them.
+    """
     process, processes = place()
     if processes == 1:
         yield from seen
         return
-    light = [one._replace(record=replace(one.record, image=b"", segmentation=[])) for one in seen]
-    parts: list[list[Seen]] | None = None if process else [[]] * processes
-    dist.gather_object(light, parts)
-    # One after the other as one process would: an image is with one of them.
-    every = [one for part in parts or () for one in part]
+    error, light = None, []
+    try:
+        light = [one._replace(record=replace(one.record, image=b"", segmentation=[])) for one in seen]
+    except InputError as failed:
+        error = str(failed)
+    parts: list[tuple[str | None, list[Seen]]] = [(None, [])] * processes
+    dist.all_gather_object(parts, (error, light))
+    for said, _ in parts:
+        if said is not None:  # all end in good order, with the same line
+            raise InputError(said)
+    # One after the other as one process has listed records: an image is with one of them.
+    every = [one for _, part in parts for one in part] if process == 0 else []
     yield from sorted(every, key=lambda one: (one.record.image_id, one.record.ref_id))
 
 
@@ -212,7 +225,7 @@ def _scored(
     if not anywhere(bool(metrics.tallies[0])):
         raise InputError(f"{reader.source}: nothing of split {split!r} could be decoded; mend the data")
     result = computed(metrics)
-    found = computed(curve) if anywhere(bool(curve.histogram.any())) else None
+    found = computed(curve)
     if place()[0]:
         return result, found
     if found is not None:

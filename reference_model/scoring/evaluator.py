@@ -3,7 +3,7 @@
 import random
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from reference_model.data.reader import OnError
-from reference_model.data.records import Record
+from reference_model.data.records import Record, segmentation_defect
 from reference_model.data.transforms import resize_mask
 from reference_model.files import InputError
 from reference_model.scoring.answers import resized
@@ -121,7 +121,7 @@ class Evaluator:
             predictor: Gives the answers.
             records: Of one split; a sequence, or a stream, of which one image at a time is kept.
             metrics: Of this protocol.
-            curve: Is left empty where some answer has no probabilities.
+            curve: Of the same sentences.
             title: Of the progress bar.
             total: Number of sentences that the progress bar shall expect.
         """
@@ -144,10 +144,8 @@ class Evaluator:
             mask, probability = resized(answer, *truth.shape, self.protocol)
             withdrawn = None if answer.no_target is None else answer.no_target > self.no_target_threshold
             metrics.update(mask, truth, target=not record.no_target, withdrawn=withdrawn)
-            if curve is not None and probability is None:
-                curve = curve.reset()
             if curve is not None:
-                if np.isnan(probability.min()):
+                if probability is not None and np.isnan(probability.min()):
                     raise InputError(
                         f"evaluate: the model gives NaN for {record.expression!r} (sent_id "
                         f"{record.sent_id}); take weights of a run that did not diverge"
@@ -168,8 +166,17 @@ class Evaluator:
 
 def truth_of(record: Record, protocol: Protocol) -> np.ndarray:
     """Fill the true mask of a sentence, at the size of the protocol: (h, w) bool."""
-    mask = record.mask(protocol.overlaps)
-    return mask if protocol.size is None else resize_mask(mask, protocol.size, protocol.size)
+    size, drawn = protocol.size, record.segmentation
+    if size is None:
+        return record.mask(protocol.overlaps)
+    if protocol.truth == "redrawn" and isinstance(drawn, list):
+        defect = segmentation_defect(drawn, record.height, record.width)
+        if defect is None:
+            by = (size / record.width, size / record.height)
+            scaled = [[number * by[i % 2] for i, number in enumerate(polygon)] for polygon in drawn]
+            record = replace(record, segmentation=scaled, height=size, width=size)
+        return record.mask(protocol.overlaps)
+    return resize_mask(record.mask(protocol.overlaps), size, size)
 
 
 def computed(metric: SegmentationMetrics | PrecisionRecall) -> Any:

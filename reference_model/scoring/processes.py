@@ -20,7 +20,7 @@ def join_processes(device: str) -> torch.device:
     Raises:
         InputError: The device cannot be had.
     """
-    several = "WORLD_SIZE" in os.environ
+    several = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
     if several and (device == "cuda" or (device == "auto" and torch.cuda.is_available())):
         # Before anything else touches a GPU, or every process would hold some memory of the first one.
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))

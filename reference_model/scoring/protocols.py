@@ -16,8 +16,12 @@ class Protocol:
     """What results call it."""
 
     size: int | None = None
-    """Side of the square where masks are compared, pixels; each pixel of the true mask then takes the value
-    under its centre. None: each image's own size."""
+    """Side of the square where masks are compared, pixels. None: each image's own size."""
+
+    truth: Literal["resized", "redrawn"] = "resized"
+    """How a true mask comes to that square: filled at the image's own size, each pixel of the square then
+    takes the value under its centre; or polygons are scaled first and filled there. Run lengths are always
+    resized."""
 
     resized: Literal["logits", "probabilities", "mask"] = "logits"
     """What of a prediction is brought to that size: before the sigmoid, after it, or after the threshold."""
@@ -70,6 +74,7 @@ class Protocol:
         resized = "mask" if self.resized == "mask" else f"{self.resized} {self.interpolation}{corners}"
         cut = "masks as given" if given else f"{resized}, probability > {self.cutoff:g}"
         truth = "union of polygons" if self.overlaps == "union" else "pixels of exactly one polygon"
+        truth += f" scaled to {size}" * (self.truth == "redrawn")
         sentences = {"all": "all sentences", "random": f"one random sentence of each ref, seed {self.seed}"}
         which = sentences.get(self.sentences, f"the {self.sentences} sentence of each ref")
         return f"{self.name}: {size}, {cut}, {truth}, {which}, P@X {'>=' if self.inclusive else '>'} X"
@@ -111,10 +116,17 @@ PROTOCOLS = {
             epsilon=1e-6,
         ),
         # ReLA/gres_model/evaluation/refer_evaluation.py: `process`, `evaluate` (argmax at 480, >= .7 .8 .9
-        # over sentences with a target, the classifier's word); gres_model/data/dataset_mappers (union, which
-        # leaves out annotations with iscrowd; the readers here take them in, so that a target that holds a
-        # crowd has more true pixels than there).
-        Protocol("rela", size=480, threshold="argmax", precisions=(0.7, 0.8, 0.9), empty_by="classifier"),
+        # over sentences with a target, the classifier's word); gres_model/data/dataset_mappers (polygons
+        # scaled to 480, then filled; union, which leaves out annotations with iscrowd; the readers here take
+        # them in, so that a target that holds a crowd has more true pixels than there).
+        Protocol(
+            "rela",
+            size=480,
+            truth="redrawn",
+            threshold="argmax",
+            precisions=(0.7, 0.8, 0.9),
+            empty_by="classifier",
+        ),
     )
 }
 """The named presets."""

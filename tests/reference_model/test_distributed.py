@@ -76,7 +76,7 @@ def on_processes(world: int, task: Callable[[int], object]) -> list[int]:
                 os._exit(in_child(lambda rank=rank: one(rank)) & 0xFF)
             children.append(child)
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-        os._exit(max(codes))
+        os._exit(next((abs(code) for code in codes if code), 0))  # a signal's is negative
 
     return [in_child(all_of_them)]
 

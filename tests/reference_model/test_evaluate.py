@@ -17,6 +17,7 @@ from pycocotools import mask as coco_mask
 from reference_model.cli import main
 from reference_model.data.config import ConvertConfig, DataConfig
 from reference_model.data.convert import convert
+from reference_model.data.images import open_image
 from reference_model.data.layouts import read
 from reference_model.data.records import segmentation_mask
 from reference_model.data.shards import ShardWriter
@@ -786,17 +787,19 @@ def test_tables_show_every_precision_of_the_protocol(run, data, tmp_path, capsys
     assert "P@0.7  P@0.8  P@0.9" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("sort", ["probabilities", "masks"])
+@pytest.mark.parametrize("sort", ["probabilities", "masks", "both"])
 def test_three_processes_write_what_one_writes(any_data, tmp_path, monkeypatch, capfd, sort):
-    """Of val they have 3, 3 and 2 images, of testA one of them has none."""
+    """Of val they have 3, 3 and 2 images, of testA one of them has none; "both" are masks of one image."""
     counts = {s: len({r.image_id for r in read(any_data).records(s)}) for s in ("val", "testA")}
     assert counts == {"val": 8, "testA": 2}
 
     def guess(image, sentences):
         grey = torch.from_numpy(np.array(image.convert("L"))) / 255
         guesses = torch.stack([grey / (1 + len(sentence) % 3) for sentence in sentences])
-        return guesses if sort == "probabilities" else guesses > 0.2
+        masks = sort == "masks" or (sort == "both" and image.tobytes() == first)
+        return guesses > 0.2 if masks else guesses
 
+    first = open_image(read(any_data).records("val")[0].image).tobytes()
     config = EvaluateConfig(
         any_data,
         model=module_with(monkeypatch, guess=guess)("guess"),
@@ -817,6 +820,32 @@ def test_three_processes_write_what_one_writes(any_data, tmp_path, monkeypatch, 
 
     evaluate(config)
     alone = written()
-    assert set(alone[0]) == {"m.json", "r.jsonl"} | ({"m_curves.json"} if sort == "probabilities" else set())
+    assert set(alone[0]) == {"m.json", "r.jsonl"} | (set() if sort == "masks" else {"m_curves.json"})
+    assert ("AUC-PR" in json.loads(alone[0]["m.json"])["val"]["my_models:guess"]) == (sort == "probabilities")
     assert on_processes(3, lambda rank: evaluate(config)) == [0]
     assert written() == alone
+
+
+def test_error_of_one_process_ends_all_with_its_line(data, tmp_path, monkeypatch):
+    first = open_image(read(data).records("val")[0].image).tobytes()
+
+    def guess(image, sentences):
+        return torch.zeros(len(sentences), 8, 8) + (2.0 if image.tobytes() == first else 0.5)
+
+    config = EvaluateConfig(
+        data, model=module_with(monkeypatch, guess=guess)("guess"), out=tmp_path / "m.json"
+    )
+
+    def refused(rank):
+        with pytest.raises(InputError, match=r"has values from 2 to 2, no probabilities"):
+            evaluate(config)
+
+    assert on_processes(2, refused) == [0] and not (tmp_path / "m.json").exists()
+
+
+def test_a_name_that_other_launchers_set_too_is_not_torchrun(data, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config = EvaluateConfig(
+        data, model=module_with(monkeypatch, flat=lambda i, s: torch.ones(len(s), 2, 2))("flat")
+    )
+    assert scores_of(config)["count"] == len(read(data).records("val"))

@@ -305,6 +305,28 @@ def test_tokenizer_is_the_same_after_saving(tmp_path):
     assert load_tokenizer(tmp_path)(sentence)["input_ids"] == tokenizer(sentence)["input_ids"]
 
 
+def test_presets_are_what_they_say():
+    """One keeps the letter, the others have what was measured to learn, and lite is narrower, no more."""
+    from reference_model.training.config import TrainConfig
+
+    read = lambda name: read_yaml(preset_file(name), TrainConfig)
+    paper, whole, lite, tiny = map(
+        read, ("metris_paper", "metris_swin_b", "metris_swin_b_lite", "metris_tiny")
+    )
+    assert paper == {"model": {"pretrained": True, "norm": "none"}}
+    letter = build(TrainConfig, paper | {"data": {"root": "unused"}}, source="metris_paper")
+    assert (letter.model.aggregation_temperature, letter.model.divide_by_count) == (1.0, True)
+    assert (letter.model.straight_through, letter.model.coordinates, letter.model.ratio) == (
+        False,
+        False,
+        0.3,
+    )
+    assert lite["model"].pop("decoder_dim") and lite == whole
+    for name in ("aggregation_temperature", "divide_by_count"):
+        assert tiny["model"][name] == whole["model"][name] != getattr(letter.model, name)
+    assert tiny["contrastive_weight"] == whole["contrastive_weight"] == 1.0
+
+
 @pytest.mark.slow
 def test_paper_model_runs_forward_and_backward_at_480():
     from reference_model.training.config import TrainConfig

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from fractions import Fraction
-from math import exp, floor
+from math import cos, exp, floor, pi, sin
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,9 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reference_model.data.records import Record
+from reference_model.data.records import Record, segmentation_mask
+from reference_model.data.transforms import resize_mask
+from reference_model.files import InputError
 from reference_model.scoring.answers import Answer, resized
-from reference_model.scoring.evaluator import Evaluator, ImageGroups
+from reference_model.scoring.evaluator import Evaluator, ImageGroups, truth_of
 from reference_model.scoring.protocols import PROTOCOLS
 
 SIDE = 8
@@ -323,3 +325,26 @@ def test_random_sentences_differ_from_seed_to_seed_and_take_all_places():
         for seed in range(3)
     ]
     assert len(set(draws)) == 3 and all(set(draw) == {0, 1, 2} for draw in draws)
+
+
+def test_rela_draws_polygons_at_480_and_the_others_resize_what_was_drawn():
+    """On a small round object they differ at the border; a corner shows which is which."""
+    round_one = [v for k in range(24) for v in (9 + 4 * cos(k * pi / 12), 7 + 4 * sin(k * pi / 12))]
+    record = replace(
+        record_of(Sample(20, 32, [(0, 0, 1, 1)], {}, None), 1), segmentation=[round_one, [0, 0, 5, 0, 5, 5]]
+    )
+    scaled = [[v * (15, 24)[i % 2] for i, v in enumerate(polygon)] for polygon in record.segmentation]
+    expected = segmentation_mask(scaled, 480, 480, owner="it")
+    found = truth_of(record, PROTOCOLS["rela"])
+    np.testing.assert_array_equal(found, expected)
+    area = pi * 16 * 15 * 24 + 12.5 * 15 * 24
+    assert found.sum() == pytest.approx(area, rel=0.02)
+    blocks = truth_of(record, replace(PROTOCOLS["rela"], truth="resized"))
+    np.testing.assert_array_equal(blocks, resize_mask(record.mask(), 480, 480))
+    assert (blocks != found).mean() > 0.002
+    # Run lengths have no corners to scale.
+    counts = [20 * 8, 20 * 4, 20 * 20]
+    runs = replace(record, segmentation={"size": [20, 32], "counts": counts})
+    np.testing.assert_array_equal(truth_of(runs, PROTOCOLS["rela"]), resize_mask(runs.mask(), 480, 480))
+    with pytest.raises(InputError, match="segmentation has no polygon"):
+        truth_of(replace(record, segmentation=[]), PROTOCOLS["rela"])
