@@ -29,7 +29,7 @@ demo: $(VENV)/.ready
 # scenes, rows and lengths by SCENES=hard ROWS=enhanced_le,full STEPS=2000. A run takes up to 5 minutes on 2 cores, in
 # proportion to its steps; the decoder is narrower than the demo's, but for lite.
 SCENES ?= easy
-ROOM = $(DEMO)/ablations$(if $(filter-out easy,$(SCENES)),/$(SCENES))
+ROOM = $(DEMO)/ablations$(if $(filter-out easy,$(SCENES)),/$(SCENES))$(if $(STEPS),/$(STEPS))
 ablations: $(VENV)/.ready
 	$(BIN)/metris generate --root $(ROOM)/data --scenes $(SCENES) --size 96 --train 3000 --val 150 --test 20 --workers 2
 	$(BIN)/metris ablate --preset metris_tiny $(if $(filter lite,$(TABLE)),,--model.decoder_dim '[48,32,24,16]') \

@@ -80,11 +80,13 @@ class TrainConfig:
     sharding: Literal["none", "fsdp2"] = "none"
     """With several processes: each has all weights (DDP), or each a share of them (FSDP2)."""
     checkpoint_activations: bool = False
-    """Compute each layer a second time for the backward pass instead of keeping what it holds in memory."""
+    """Compute each layer a second time for the backward pass instead of keeping what it holds in memory; not
+    layers with batch norm, such as metris_tiny's image encoder. The paper names none."""
     compile: bool = False
-    """Compile the model with torch.compile; the first steps take minutes."""
+    """Compile the model with torch.compile; the first steps take minutes. The paper names none."""
     channels_last: bool = True
-    """Lay out weights of convolutions so that the channels of a pixel are side by side; FSDP2 cannot."""
+    """Lay out weights of convolutions so that the channels of a pixel are side by side; FSDP2 cannot. Of
+    speed alone, the paper names none."""
     tracker: Literal["none", "tensorboard", "trackio"] = "none"
     """Send the log there too, through accelerate; log.jsonl is written in any case."""
     dry_run: bool = False
@@ -99,7 +101,7 @@ class TrainConfig:
 
 RESOURCES = (
     *("out", "device", "json", "dry_run", "cache", "tracker", "log_every", "save_every", "keep_last"),
-    *("accumulate", "sharding", "checkpoint_activations", "compile"),
+    *("accumulate", "sharding", "checkpoint_activations", "compile", "skip_nonfinite"),
 )
 """Fields that say where and with what a run is done and not what it computes: it may go on with others."""
 

@@ -43,6 +43,7 @@ class Learner:
             scale.checkpoint_layers(model)
         scale.share_batch_norm(objective, accelerator)
 
+        self._buffers: list[Tensor] = []
         self.average: AveragedModel | None = None
         if config.ema_decay is not None:
             self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
@@ -75,6 +76,8 @@ class Learner:
             `Losses` as a tensor of four, the mean over the micro-batches of this process.
         """
         self.stepper.zero_grad(set_to_none=True)
+        if self.config.skip_nonfinite:
+            self._buffers = [buffer.clone() for buffer in self.bare.buffers()]
         reported = []
         for i, (batch, share) in enumerate(zip(micro_batches, self._word_shares(micro_batches)), start=1):
             batch = batch.to(self.accelerator.device)
@@ -112,6 +115,19 @@ class Learner:
         self.stepper.step()
         if self.average is not None:
             self.average.update_parameters(self.model)
+
+    def leave_out(self) -> None:
+        """Undo what a step has done before the optimiser's: statistics of batch norm, fp16's record of it."""
+        for buffer, before in zip(self.bare.buffers(), self._buffers, strict=True):
+            buffer.copy_(before)
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()
+
+    @property
+    def settling(self) -> bool:
+        """Whether gradients may overflow in fp16 though nothing is wrong: its loss scale is still large."""
+        scaler = self.accelerator.scaler
+        return scaler is not None and scaler.get_scale() >= 1
 
     def kept(self) -> METRIS:
         """Give the model whose weights are scored and kept, whole; all processes must ask."""

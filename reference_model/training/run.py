@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -67,6 +67,7 @@ def claimed(config: TrainConfig, accelerator: Accelerator) -> Iterator[bool]:
         nonlocal file
         unfinished = (config.out / state.STATES).is_dir()
         if (config.out / WEIGHTS).exists() and not unfinished:
+            state.finish(config.out)  # it may have been killed at that
             raise InputError(
                 f"{config.out}: holds the weights of a run already; choose another --out or remove it"
             )
@@ -77,6 +78,8 @@ def claimed(config: TrainConfig, accelerator: Accelerator) -> Iterator[bool]:
             # A lock of this process alone: those that load data would hold a flock a while after its death.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            file.close()
+            file = None  # the other's, which it removes itself
             raise InputError(f"{config.out}: another metris train is at it; wait for that one") from error
         return unfinished
 
@@ -122,6 +125,8 @@ class Run:
     """Score and step of the best evaluations, best first."""
     best_scores: dict[str, float] = field(default_factory=dict)
     """Of the best one."""
+    evaluation_due: bool = False
+    """Whether the last step asks for an evaluation that was put off by SIGTERM."""
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -151,7 +156,8 @@ class Run:
         scale.on_first(self.accelerator, self._note)
         if self.config.tracker != "none":
             flat = {name: str(value) for name, value in flattened(asdict(self.config)).items()}
-            self.accelerator.init_trackers("metris", config=flat)
+            with redirect_stdout(sys.stderr):  # trackio prints where it goes
+                self.accelerator.init_trackers("metris", config=flat)
 
     def _note(self) -> None:
         if not self.step:
@@ -166,7 +172,7 @@ class Run:
             "data": {
                 "sentences": self.sampler.sentences,
                 "images": self.sampler.images,
-                "val": len(self.val) if isinstance(self.val, Sequence) else None,
+                "val": self._val_sentences,
             },
             "parameters": sum(p.numel() for p in parameters),
             "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
@@ -175,6 +181,12 @@ class Run:
         }
         write_note(self.out, facts, done=self.step, device=self.accelerator.device)
         (self.out / state.STATES).mkdir(exist_ok=True)
+
+    @property
+    def _val_sentences(self) -> int | None:
+        if isinstance(self.val, Sequence):
+            return len(self.val)
+        return self.val.reader.splits.get(self.val.split)  # as the index of shards says
 
     def save(self) -> None:
         """Save a state; all processes must call it."""
@@ -194,6 +206,7 @@ class Run:
                 "skipped": self.skipped,
                 "best": self.best,
                 "best_scores": self.best_scores,
+                "evaluation_due": self.evaluation_due,
                 "scaler": None if scaler is None else scaler.state_dict(),
             }
             state.save_state(self.out, tensors, facts, rngs, keep=self.config.keep_last)
@@ -221,11 +234,9 @@ class Run:
         facts = found.facts
         self.learner.restore(found.tensors, facts["scaler"])
         self.step, self.skipped = facts["step"], facts["skipped"]
+        self.evaluation_due = facts.get("evaluation_due", False)
         self.best, self.best_scores = [(s, n) for s, n in facts["best"]], facts["best_scores"]
-        if self.best and step_of_weights(self.out) != self.best[0][1]:
-            # Killed after an evaluation that no state knows of.
-            self._say(f"{self.out}: the weights there are of a later step; the next evaluation replaces them")
-            self.best = []
+        self.best = scale.on_first(self.accelerator, self._best_that_are_kept)
         self.started = time.monotonic() - facts["seconds"]
         self.sampler.epoch, self.sampler.position = facts["epoch"], facts["position"]
         if len(found.rngs) == self.accelerator.num_processes:
@@ -237,8 +248,29 @@ class Run:
         if isinstance(self.sampler, ShardedLoader) and self.sampler.position:
             before = (len(found.rngs), facts["workers"])
             if before != (self.accelerator.num_processes, self.config.data.workers):
-                self._say("processes or data.workers changed: this epoch's other shards in another order")
+                self._say(
+                    "processes or data.workers changed, and with them the order of shards: some sentences of "
+                    "this epoch come twice, others not"
+                )
         self._say(f"{self.out}: goes on from step {self.step} of {self.steps} ({found.folder.name})")
+
+    def _best_that_are_kept(self) -> list[tuple[float, int]]:
+        """Leave out evaluations whose weights another one replaced, after which the run was killed: no state
+        knows of that one."""
+        here = step_of_weights(self.out)
+        if not self.best or here == self.best[0][1]:
+            return self.best
+        kept = [
+            entry for entry in self.best if entry[1] == here or (self._folder(entry[1]) / WEIGHTS).exists()
+        ]
+        if kept and kept[0][1] != here:
+            with written_whole(self.out / WEIGHTS) as path:
+                shutil.copyfile(self._folder(kept[0][1]) / WEIGHTS, path)
+        of = f"those of step {kept[0][1]}" if kept else "replaced by the next evaluation"
+        self._say(
+            f"{self.out}: the weights there are not those of step {self.best[0][1]}, the best; are {of}"
+        )
+        return kept
 
     def leave(self) -> None:
         """End the process in good order, its state being saved."""
@@ -264,7 +296,10 @@ class Run:
             line += f", see {dump}"
         if self.skipped >= self.config.skip_nonfinite:
             limit = f" after {self.skipped} steps left out (skip_nonfinite)" if self.skipped else ""
-            raise InputError(f"{line}{limit}; take another --out with a lower learning_rate")
+            raise InputError(
+                f"{line}{limit}; raise skip_nonfinite to go on without it, or begin another --out, with a "
+                "lower learning_rate"
+            )
         self.skipped += 1
         self._say(f"{line}, left out ({self.skipped} of at most {self.config.skip_nonfinite})")
 
@@ -331,13 +366,15 @@ class Run:
             save_weights(self.out, model, step=self.step)
         if self.config.keep_best == 1:
             return
-        folders = [self.out / BEST / f"step-{step:08d}" for _, step in self.best]
-        mine = self.out / BEST / f"step-{self.step:08d}"
+        folders, mine = [self._folder(step) for _, step in self.best], self._folder(self.step)
         if mine in folders:
             start_checkpoint(mine, to_yaml(self.config), self.predictor.tokenizer)
             save_weights(mine, model, step=self.step)
         for folder in set((self.out / BEST).glob("step-*")) - set(folders):
             shutil.rmtree(folder)
+
+    def _folder(self, step: int) -> Path:
+        return self.out / BEST / f"step-{step:08d}"
 
     def _refuse_another(self, found: state.State) -> None:
         path = self.out / CONFIG
@@ -367,7 +404,7 @@ def differences(held: TrainConfig, asked: TrainConfig) -> list[str]:
 
     Places, processes and memory do not count.
     """
-    aside = (*RESOURCES, "data.root", "data.workers")
+    aside = (*RESOURCES, "data.root", "data.workers", "data.on_error")
     one, other = (flattened(asdict(config)) for config in (held, asked))
     return [
         f"{key}={one.get(key)} (asked for {other.get(key)})"

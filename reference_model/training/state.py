@@ -188,7 +188,9 @@ def clear_leftovers(run: Path) -> None:
 
 def finish(run: Path) -> None:
     """Remove the states of a run; it is finished from the moment that their folder has another name."""
-    leaving = (run / STATES).rename(run / f".{STATES}")
+    leaving = run / f".{STATES}"
+    if (run / STATES).is_dir():
+        (run / STATES).rename(leaving)
     shutil.rmtree(leaving, ignore_errors=True)
 
 

@@ -49,11 +49,11 @@ def train(config: TrainConfig) -> Path:
     """
     _check_ranges(config)
     accelerator = scale.start_processes(config)
-    with claimed(config, accelerator) as unfinished:
-        return _train(config, accelerator, unfinished=unfinished)
+    with Stop() as stop, claimed(config, accelerator) as unfinished:
+        return _train(config, accelerator, stop, unfinished=unfinished)
 
 
-def _train(config: TrainConfig, accelerator: Accelerator, *, unfinished: bool) -> Path:
+def _train(config: TrainConfig, accelerator: Accelerator, stop: "Stop", *, unfinished: bool) -> Path:
     torch.manual_seed(config.seed)
 
     # Data
@@ -146,19 +146,31 @@ def _train(config: TrainConfig, accelerator: Accelerator, *, unfinished: bool) -
 
     # Loop
     last = min(steps, _DRY_STEPS) if config.dry_run else steps
-    meter, stop = Meter(accelerator.device), Stop()
+    meter = Meter(accelerator.device)
     bar = progress_bar(run.step, last, shown=accelerator.is_main_process)
-    with stop, bar, Log(run.log_path, done=run.step) as log:
+    with bar, Log(run.log_path, done=run.step) as log:
+
+        def evaluate() -> None:
+            scores = run.evaluate()
+            run.evaluation_due = False
+            log.write(step=run.step, seconds=run.seconds, val=scores)
+            accelerator.log({f"val/{name}": value for name, value in scores.items()}, step=run.step)
+
+        if run.evaluation_due:
+            evaluate()
+            if run.step < steps:
+                run.save()
         batches = meter.waiting(_steps_of(loader, config.accumulate))
         for step, micro_batches in zip(range(run.step + 1, last + 1), batches):
             means = learner.gradients(micro_batches)
             shared = scale.mean_over_processes(torch.cat([means, means.new_tensor([stop.asked])])).tolist()
             losses, stopping = Losses(*shared[:-1]), shared[-1] > 0
             norm = learner.clip().item()
-            if math.isfinite(losses.total) and (math.isfinite(norm) or config.precision == "fp16"):
+            if math.isfinite(losses.total) and (math.isfinite(norm) or learner.settling):
                 learner.update()
             else:
                 run.leave_out(step, losses, norm, micro_batches)
+                learner.leave_out()
             # Without the factors of the encoders, whichever group comes first.
             rate = config.learning_rate * schedule.lr_lambdas[0](schedule.last_epoch)
             schedule.step()
@@ -175,14 +187,16 @@ def _train(config: TrainConfig, accelerator: Accelerator, *, unfinished: bool) -
             # Evaluate, checkpoint
             due = epoch_ends and config.evaluate_every and sampler.epoch % config.evaluate_every == 0
             evaluating = (step == steps or due) and not config.dry_run
-            if evaluating:
-                scores = run.evaluate()
-                log.write(step=step, seconds=run.seconds, val=scores)
-                accelerator.log({f"val/{name}": value for name, value in scores.items()}, step=step)
+            if evaluating and stopping:
+                run.evaluation_due = True  # it may take longer than there is time
+            elif evaluating:
+                evaluate()
+                stopping = scale.mean_over_processes(means.new_tensor([float(stop.asked)])).item() > 0
+            unfinished = step < steps or run.evaluation_due
             saving = evaluating or stopping or (config.save_every and step % config.save_every == 0)
-            if saving and step < steps and not config.dry_run:
+            if saving and unfinished and not config.dry_run:
                 run.save()
-            if stopping and step < steps:
+            if stopping and unfinished:
                 run.leave()
             if evaluating or saving:
                 meter.start()
@@ -267,6 +281,12 @@ def _check_ranges(config: TrainConfig) -> None:
     for name in (*weights, *counts, "poly_power"):
         if not 0 <= getattr(config, name) < math.inf:
             raise InputError(f"{name}: must be >= 0, got {getattr(config, name):g}")
+    for name in ("train", "val"):
+        split = getattr(config, f"{name}_split")
+        if split not in (name, f"{name}_seen"):
+            raise InputError(
+                f"{name}_split: must be {name} or {name}_seen, got {split}; tests select nothing"
+            )
     if config.ema_decay is not None and not 0 < config.ema_decay < 1:
         raise InputError(f"ema_decay: must be in (0, 1), got {config.ema_decay:g}; 0.999 is usual")
     for name, value in (("seed", config.seed), ("data.workers", config.data.workers)):

@@ -245,7 +245,8 @@ def test_gradient_that_is_not_finite_on_one_process_leaves_the_step_out_on_both(
 
 
 @pytest.mark.slow
-def test_torchrun_runs_the_command(plain, scenes, tmp_path):
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_torchrun_runs_the_command(plain, scenes, tmp_path, nodes):
     from reference_model.configs import to_yaml
 
     (tmp_path / "config.yaml").write_text(to_yaml(replace(plain, out=tmp_path / "run", steps=3)))
@@ -253,7 +254,16 @@ def test_torchrun_runs_the_command(plain, scenes, tmp_path):
     command += ["-m", "reference_model", "train", "--config", str(tmp_path / "config.yaml")]
     root = Path(loop.__file__).parents[2]
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, *command], check=True, cwd=tmp_path, env=environment)
+    if nodes == 1:
+        subprocess.run([sys.executable, *command], check=True, cwd=tmp_path, env=environment)
+    else:
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            meet = f"localhost:{probe.getsockname()[1]}"
+        node = [*command[:2], "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"]
+        node += ["--rdzv-endpoint", meet, *command[5:]]
+        agents = [subprocess.Popen([sys.executable, *node], cwd=tmp_path, env=environment) for _ in "12"]
+        assert [agent.wait() for agent in agents] == [0, 0]
     note = json.loads((tmp_path / "run/run.json").read_text())["sessions"][0]
     assert note["processes"] == 2
     load_checkpoint(tmp_path / "run")

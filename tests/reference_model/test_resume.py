@@ -24,8 +24,10 @@ from reference_model.data.config import ConvertConfig, DataConfig
 from reference_model.data.convert import convert
 from reference_model.files import InputError
 from reference_model.model.checkpoint import load_weights, step_of_weights
+from reference_model.scoring.evaluator import Evaluator
 from reference_model.training import run as run_module
 from reference_model.training import state
+from reference_model.training import train as loop
 from reference_model.training.config import TrainConfig
 from reference_model.training.learner import Learner
 from reference_model.training.train import train
@@ -245,6 +247,58 @@ def test_sigterm_to_the_whole_job_saves_too(long_config, tmp_path, workers):
     assert newest(config.out).facts["step"] in (3, 4)
 
 
+@pytest.mark.parametrize("moment", ["reading", "end of an epoch", "evaluation", "last step", "finish"])
+def test_sigterm_at_odd_moments_loses_nothing(long_config, uninterrupted, tmp_path, capfd, moment):
+    """It ends where a step ends, before an evaluation rather than after it, and the run goes on as if nothing
+    had been."""
+    config = replace(long_config, out=tmp_path / "run", save_every=0)
+    terminate = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    epoch = next(entry["step"] for entry in scores(uninterrupted) if "val" in entry)
+    assert epoch < STEPS
+
+    def before(owner, name, call=1):
+        function, calls = getattr(owner, name), []
+
+        def wrapper(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == call:
+                terminate()
+            return function(*args, **kwargs)
+
+        setattr(owner, name, wrapper)
+
+    def task():
+        match moment:
+            case "reading":
+                before(loop, "read")
+            case "end of an epoch":
+                before(Learner, "gradients", epoch)
+            case "evaluation":
+                before(Evaluator, "score")
+            case "last step":
+                before(Learner, "gradients", STEPS)
+            case "finish":
+                before(state, "finish")
+        train(config)
+
+    assert in_child(task) == 0
+    said = capfd.readouterr().err
+    evaluations = sum("val" in entry for entry in scores(config.out))
+    if moment == "finish":
+        assert "SIGTERM" not in said and evaluations == 2 and not (config.out / "state").exists()
+    else:
+        step, done = {
+            "reading": (1, 0),
+            "end of an epoch": (epoch, 0),
+            "evaluation": (epoch, 1),
+            "last step": (STEPS, 1),
+        }[moment]
+        assert f"saved step {step} of 14" in said and evaluations == done
+        train(config)
+    assert digest(config.out) == digest(uninterrupted)
+    assert scores(config.out) == scores(uninterrupted)
+
+
 def test_handler_of_sigterm_is_given_back(run_config, tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     train(replace(run_config, out=tmp_path / "run", steps=1))
@@ -409,6 +463,44 @@ def test_keep_best_keeps_the_weights_of_the_best_evaluations(run_config, tmp_pat
         assert all(weights[name].equal(tensor) for name, tensor in seen[value].items())
 
 
+def test_kill_after_an_evaluation_keeps_the_best_ones_before(run_config, tmp_path, monkeypatch):
+    """Scores .5 .6 .4; killed after the second, before a state knew of it."""
+    config = replace(
+        run_config, out=tmp_path / "run", batch_size=20, steps=None, epochs=3, evaluate_every=1, keep_best=2
+    )
+    per_epoch = {}
+
+    def score(evaluator, predictor, records, *, title):
+        tensors = sum(float(tensor.double().sum()) for tensor in predictor.model.state_dict().values())
+        per_epoch.setdefault(tensors, [0.5, 0.6, 0.4][len(per_epoch) + len(before)])
+        return {"mIoU": per_epoch[tensors], "oIoU": 0.0}
+
+    monkeypatch.setattr("reference_model.scoring.evaluator.Evaluator.score", score)
+    before: list[int] = []
+    train(replace(config, out=tmp_path / "whole"))
+    per_epoch.clear()
+
+    def task():
+        save, saved = state.save_state, []
+
+        def kill(*args, **options):
+            saved.append(1)
+            if len(saved) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return save(*args, **options)
+
+        state.save_state = kill
+        train(config)
+
+    assert in_child(task) == -signal.SIGKILL
+    before.append(1)  # the child took the first
+    train(config)
+    files = lambda run: (
+        {p.name: digest(p) for p in [run, *(run / "best").iterdir()] if p != run} | {"": digest(run)}
+    )
+    assert files(config.out) == files(tmp_path / "whole") and len(files(config.out)) == 3
+
+
 # -------------------------------------------------------------------------------------------- what must agree
 
 
@@ -461,7 +553,7 @@ def test_weights_of_an_evaluation_that_no_state_knows_of_are_replaced(
         "reference_model.scoring.evaluator.Evaluator.score", lambda *_, **__: {"mIoU": -1.0, "oIoU": 0.0}
     )
     train(config)
-    assert "are of a later step" in capsys.readouterr().err
+    assert f"not those of step {known[1]}, the best; are replaced by" in capsys.readouterr().err
     assert step_of_weights(config.out) == STEPS and digest(config.out) is not None
     assert any(not torch.equal(tensor, weights[name]) for name, tensor in load_weights(config.out).items())
 
@@ -478,7 +570,8 @@ def test_second_command_in_a_run_is_refused(long_config, tmp_path, monkeypatch):
     def meanwhile(learner, micro_batches):
         if not tried:
             tried.append(1)
-            assert in_child(lambda: refused(config)) == 0
+            # Twice: one that is refused leaves the lock of the other alone.
+            assert in_child(lambda: refused(config)) == in_child(lambda: refused(config)) == 0
         return gradients(learner, micro_batches)
 
     monkeypatch.setattr(Learner, "gradients", meanwhile)

@@ -1,8 +1,10 @@
 """Training: the order of samples, the learning rate, and a run from data to checkpoint."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,12 +15,14 @@ from timm.layers import BatchNormAct2d
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reference_model.cli import main
+from reference_model.data.config import DataConfig
 from reference_model.data.transforms import normalized
 from reference_model.files import InputError
 from reference_model.model.build import build_metris
 from reference_model.model.checkpoint import load_checkpoint
 from reference_model.model.metris import METRIS
 from reference_model.training import journal, scale, state
+from reference_model.training.config import TrainConfig
 from reference_model.training.learner import Learner
 from reference_model.training.sampler import ImageGroupedSampler
 from reference_model.training.schedule import adamw, polynomial_decay
@@ -379,6 +383,11 @@ def test_no_test_split_can_select_the_weights(split, capsys):
     assert main(["train", "--data.root", "x", "--val_split", split]) == 2
     assert "val_split" in capsys.readouterr().err
     assert main(["train", "--data.root", "x", "--train_split", "testB"]) == 2
+    for name in ("train_split", "val_split"):
+        if name.startswith(split):
+            continue
+        with pytest.raises(InputError, match=rf"{name}: must be \w+ or \w+_seen, got {split}"):
+            train(TrainConfig(data=DataConfig(Path("x")), **{name: split}))
 
 
 def poisoned(monkeypatch, steps):
@@ -415,6 +424,57 @@ def test_loss_that_is_not_finite_is_skipped_up_to_the_limit(another, monkeypatch
     poisoned(monkeypatch, {2, 3})
     with pytest.raises(InputError, match=r"step 3: .* after 1 steps left out \(skip_nonfinite\)"):
         train(another(skip_nonfinite=1, out=config.out.parent / "other"))
+
+
+def test_step_that_is_left_out_leaves_no_trace_in_batch_norm(another, small, monkeypatch):
+    """The forward pass has written its statistics by then."""
+    resnet = {"channels": [8, 12, 16, 24], "stem_width": 8, "output_stride": 16, "out_indices": [1, 2, 3, 4]}
+    config = another(
+        skip_nonfinite=1,
+        steps=3,
+        model=replace(small, image_encoder="resnet10t", image_encoder_options=resnet),
+    )
+    gradients, steps, norms = Learner.gradients, [], []
+
+    def watched(learner, micro_batches):
+        steps.append(1)
+        norms[:] = [part for part in learner.model.modules() if isinstance(part, torch.nn.BatchNorm2d)]
+        if len(steps) != 2:
+            return gradients(learner, micro_batches)
+        hook = norms[0].register_forward_pre_hook(lambda _, inputs: (inputs[0] * float("nan"),))
+        means = gradients(learner, micro_batches)
+        hook.remove()
+        assert not norms[0].running_mean.isfinite().any()
+        return means
+
+    monkeypatch.setattr(Learner, "gradients", watched)
+    train(config)
+    assert len(steps) == 3 and all(norm.running_mean.isfinite().all() for norm in norms)
+    assert norms[0].num_batches_tracked == 2
+
+
+def test_fp16_goes_on_after_a_step_that_was_left_out(another, monkeypatch):
+    """On the CPU by hand: accelerate gives a loss scale to GPUs alone."""
+    config = another(skip_nonfinite=1, steps=3)
+    start, scales = scale.start_processes, []
+
+    def with_a_scale(config):
+        accelerator = start(config)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
+        accelerator.autocast = nullcontext
+        return accelerator
+
+    monkeypatch.setattr(scale, "start_processes", with_a_scale)
+    leave_out = Learner.leave_out
+    monkeypatch.setattr(
+        Learner,
+        "leave_out",
+        lambda self: (leave_out(self), scales.append(self.accelerator.scaler.get_scale())),
+    )
+    poisoned(monkeypatch, {2})
+    train(config)
+    assert scales == [1024.0]
 
 
 def test_dry_run_builds_everything_and_writes_nothing(another, capsys):
