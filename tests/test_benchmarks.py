@@ -8,12 +8,13 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import baselines, cases, compare, conftest, data, report
+from benchmarks import baselines, cases, compare, conftest, data, report, training
 from benchmarks.cases import Case, require_truth
 from metris_blocks import VisualExpressionExtractor
 from metris_blocks.layers import MultiHeadAttention
@@ -262,6 +263,46 @@ def test_data_rows_are_measured_and_go_between_the_marks():
     begin, end = data.MARKS
     readme = report.between(f"a {begin} old {end} b", text, begin, end)
     assert readme.startswith("a ") and readme.endswith(" b") and text in readme and "old" not in readme
+
+
+def test_every_variant_of_training_has_a_row_or_says_why(monkeypatch):
+    """Steps are not taken here: the slow variants are twice as slow, and wait for data."""
+    monkeypatch.setattr(training, "generate", lambda config: config.root.mkdir())
+
+    def run(preset, variant, data, out):
+        out.mkdir()
+        slow = variant != "float32"
+        return {
+            "step_seconds": 1.0 + slow,
+            "images_per_second": 4.0,
+            "data_wait": 0.04 + 0.02 * slow,
+            "memory_MiB": 100.0,
+        }
+
+    monkeypatch.setattr(training, "run", run)
+    monkeypatch.setattr(training, "_add_utilisation", lambda rows: None)
+    rows = training.measured(2)
+    pairs = [(row["preset"], row["variant"]) for row in rows]
+    assert sorted(pairs) == sorted((p, v) for p in training.PRESETS for v in training.VARIANTS)
+    lines = training.table("here", rows).splitlines()
+    assert len(lines) == 4 + len(pairs)
+    for line, row in zip(lines[4:], rows, strict=True):
+        if "why" in row:
+            assert row["why"] in line
+        else:
+            assert row["ratio"] == 1.0 + (row["variant"] != "float32")
+            assert ("above 5%" in line) == (row["variant"] != "float32")
+
+
+def test_utilisation_is_the_work_of_forward_and_backward_over_the_peak(monkeypatch):
+    """100 MACs an image, 30 more a sentence; four sentences about two images in half a second."""
+    parts = [{"part": "image encoder", "GMACs": 100e-9}, {"part": "whole model", "GMACs": 130e-9}]
+    done = SimpleNamespace(stdout=json.dumps({"parts": parts}))
+    monkeypatch.setattr(training.subprocess, "run", lambda *_, **__: done)
+    monkeypatch.setattr(training, "roofline", lambda *_: (16_000.0, None))
+    row = {"preset": "p", "variant": "bf16", "batch": 4, "images_per_second": 4.0, "step_seconds": 0.5}
+    training._add_utilisation([row])
+    assert row["utilisation"] == pytest.approx(2 * 3 * (2 * 100 + 4 * 30) / 0.5 / 16_000)
 
 
 def test_data_rows_of_another_result_are_refused(monkeypatch, tmp_path):

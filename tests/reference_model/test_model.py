@@ -55,6 +55,18 @@ def test_padding_a_sentence_further_changes_no_logit(any_model):
     assert short.dynamic_mask.equal(long.dynamic_mask[:, : ids.shape[1]])
 
 
+@pytest.mark.parametrize("size", [(70, 97), (33, 31)], ids=str)
+def test_image_of_any_size_has_logits_of_its_own_size_and_heeds_its_last_pixels(any_model, size):
+    images, ids, mask = inputs()
+    images = torch.randn(len(images), 3, *size)
+    together, alone = any_model(images, ids, mask).logits, any_model(images[:1], ids[:1], mask[:1]).logits
+    assert together.shape == (len(images), *size)
+    torch.testing.assert_close(together[:1], alone, rtol=0, atol=1e-5)
+    other = images.clone()
+    other[:, :, -1, -1] += 5  # beyond the last whole patch
+    assert (any_model(other, ids, mask).logits - together).abs().amax(dim=(1, 2)).min() > 1e-6
+
+
 def test_words_behind_the_mask_have_no_influence(any_model):
     images, ids, mask = inputs()
     other = torch.where(mask, ids, torch.randint(5, 120, ids.shape))
