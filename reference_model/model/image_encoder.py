@@ -39,10 +39,11 @@ _REFUSALS = (OSError, EOFError, pickle.UnpicklingError, SafetensorError, StrictD
 class ImageEncoder(nn.Module):
     """Four feature maps F_1..F_4 of an image (METRIS 3.1); it never sees language.
 
-    Any image size works with Swin, timm's or transformers', and with convolutional networks. For Swin the
-    image is padded with zeros, right and bottom, to whole patches of 4 pixels; inside, maps are padded so,
-    to whole windows and to even sizes: map i has ceil(h / stride_i) rows. ResNets round up too; ConvNeXt
-    rounds down. A model for one size, such as a ViT without ``dynamic_img_size``, refuses others.
+    Any image size works with Swin, timm's or transformers', and with convolutional networks. The image is
+    padded with zeros, right and bottom: for Swin to whole patches of 4 pixels, and inside, its maps are
+    padded so, to whole windows and to even sizes; for convolutional networks, some of which would not see
+    the last rows, to whole cells of the coarsest map. Map i has ceil(h / stride_i) rows, or a few more. A
+    model for one size, such as a ViT without ``dynamic_img_size``, refuses others.
 
     Args:
         name: timm model, such as "swin_base_patch4_window12_384.ms_in22k", or transformers' Swin, such as
@@ -94,7 +95,8 @@ class ImageEncoder(nn.Module):
             # timm's feature maps come unnormalised; LAVT and transformers' SwinBackbone add a norm per stage.
             self.norms = nn.ModuleList(nn.LayerNorm(c) for c in self.channels)
         self.image_size = image_size
-        self.patch = _patch(self.backbone)
+        whole = 1 if name.startswith(TRANSFORMERS) else self.strides[-1]
+        self.patch = _patch(self.backbone) or (whole, whole)
         self.coordinates = nn.ModuleList(nn.Linear(2, c) for c in self.channels if coordinates)
 
     def forward(self, image: Tensor) -> list[Tensor]:
@@ -245,12 +247,12 @@ def _swin_config(name: str, options: dict[str, Any]) -> SwinConfig:
         raise InputError(f"image_encoder_options: {' '.join(str(error).split())}") from error
 
 
-def _patch(backbone: nn.Module) -> tuple[int, int]:
-    """Height and width of the patches that a model of timm asks whole; transformers' Swin pads by itself."""
+def _patch(backbone: nn.Module) -> tuple[int, int] | None:
+    """Height and width of the patches that a transformer of timm asks whole; None: it has no patches."""
     for module in backbone.modules():
         if hasattr(module, "patch_size") and hasattr(module, "strict_img_size"):
             return module.patch_size
-    return 1, 1
+    return None
 
 
 def _first_line(error: Exception) -> str:
