@@ -45,7 +45,7 @@ class EvaluateConfig:
     """Where the metrics go as JSON. None: metrics.json in the checkpoint, which keeps other splits scored
     before; nowhere without a checkpoint."""
     device: str = "auto"
-    """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one."""
+    """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one, under torchrun each process its own."""
     json: bool = False
     """Print JSON instead of a table."""
 
