@@ -26,15 +26,15 @@ demo: $(VENV)/.ready
 	@echo "own image: $(BIN)/metris app --checkpoint $(DEMO)/run, or $(BIN)/metris predict --checkpoint $(DEMO)/run --image FILE --expression 'the red circle'"
 
 # An ablation table of the paper on procedural scenes: make ablations TABLE=5, or 6, fig6, 8, 9, learning, lite; other
-# scenes, rows and lengths by SCENES=hard ROWS=enhanced_le,full STEPS=2000. A run takes up to 5 minutes on 2 cores, in
-# proportion to its steps; the decoder is narrower than the demo's, but for lite.
+# scenes, rows, lengths and seeds by SCENES=hard ROWS=enhanced_le,full STEPS=2000 SEEDS=3. A run takes up to 5 minutes
+# on 2 cores, in proportion to its steps; the decoder is narrower than the demo's, but for lite.
 SCENES ?= easy
 ROOM = $(DEMO)/ablations$(if $(filter-out easy,$(SCENES)),/$(SCENES))$(if $(STEPS),/$(STEPS))
 ablations: $(VENV)/.ready
 	$(BIN)/metris generate --root $(ROOM)/data --scenes $(SCENES) --size 96 --train 3000 --val 150 --test 20 --workers 2
 	$(BIN)/metris ablate --preset metris_tiny $(if $(filter lite,$(TABLE)),,--model.decoder_dim '[48,32,24,16]') \
 		--data.root $(ROOM)/data --out $(ROOM)$(if $(filter lite,$(TABLE)),/lite) --table $(or $(TABLE),5) \
-		$(if $(ROWS),--rows $(ROWS)) $(if $(STEPS),--steps $(STEPS)) --seeds 3 --jobs 2
+		$(if $(ROWS),--rows $(ROWS)) $(if $(STEPS),--steps $(STEPS)) --seeds $(or $(SEEDS),3) --jobs 2
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n auto --maxprocesses 4
@@ -81,7 +81,7 @@ bench-report: $(VENV)/.ready
 bench-data: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.data --write
 
-# Steps of metris train: seconds, waiting for data, memory, bf16, compiled; a quarter of an hour on a CPU.
+# Steps of metris train: seconds, waiting for data, memory, bf16, compiled (on a GPU); a quarter of an hour on a CPU.
 bench-train: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.training --write
 
