@@ -29,11 +29,11 @@ demo: $(VENV)/.ready
 # scenes, rows, lengths and seeds by SCENES=hard ROWS=enhanced_le,full STEPS=2000 SEEDS=3. A run takes up to 5 minutes
 # on 2 cores, in proportion to its steps; the decoder is narrower than the demo's, but for lite.
 SCENES ?= easy
-ROOM = $(DEMO)/ablations$(if $(filter-out easy,$(SCENES)),/$(SCENES))$(if $(STEPS),/$(STEPS))
+ROOM = $(DEMO)/ablations$(if $(filter-out easy,$(SCENES)),/$(SCENES))
 ablations: $(VENV)/.ready
 	$(BIN)/metris generate --root $(ROOM)/data --scenes $(SCENES) --size 96 --train 3000 --val 150 --test 20 --workers 2
 	$(BIN)/metris ablate --preset metris_tiny $(if $(filter lite,$(TABLE)),,--model.decoder_dim '[48,32,24,16]') \
-		--data.root $(ROOM)/data --out $(ROOM)$(if $(filter lite,$(TABLE)),/lite) --table $(or $(TABLE),5) \
+		--data.root $(ROOM)/data --out $(ROOM)$(if $(STEPS),/$(STEPS))$(if $(filter lite,$(TABLE)),/lite) --table $(or $(TABLE),5) \
 		$(if $(ROWS),--rows $(ROWS)) $(if $(STEPS),--steps $(STEPS)) --seeds $(or $(SEEDS),3) --jobs 2
 
 test: $(VENV)/.ready

@@ -5,7 +5,7 @@
 
 Each row is the command itself, run for a few steps in a process of its own, its numbers read from the log;
 the variants of a preset take turns, and the first steps of each, which compile and fill caches, are left out.
-On a GPU the paper's setting: batch 16, 480 px. On a CPU Swin-B takes half a minute a sentence: batch 1.
+On a GPU the paper's setting: batch 16, 480 px. On a CPU Swin-B takes many seconds a sentence: batch 1.
 Pictures are procedural JPEGs, larger than the model's side as photographs are; the demo's for metris_tiny.
 """
 
@@ -47,8 +47,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "checkpointed activations": ("--checkpoint_activations",),
 }
 LEFT_OUT_ON_CPU = {
-    "bf16": "on a CPU without matrix units for bf16 there is no gain to show at this size",
-    "bf16, compiled": "on two cores compiling takes ten minutes and more, at each of several batch shapes",
+    "bf16": "on a CPU, where bf16 gains nothing for metris_tiny either",
+    "bf16, compiled": "on a CPU, where compiling takes far longer than the steps",
 }
 """What is not run there, and why: bf16 at Swin-B's size, compiled at any."""
 MOST_WAITING = 0.05

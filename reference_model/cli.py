@@ -127,7 +127,9 @@ def main(arguments: list[str] | None = None) -> int:
         # A worker process wraps the line in its traceback.
         return _refuse(str(error).strip().splitlines()[-1].removeprefix("reference_model.files.InputError: "))
     except KeyboardInterrupt:
-        again = "; the same command goes on from the last state it saved" * (arguments[:1] == ["train"])
+        again = "; the same command goes on from the last state it saved" * (
+            arguments[:1] in (["train"], ["ablate"])
+        )
         print(f"metris: interrupted{again}", file=sys.stderr)
         return 130
     return int(failed)

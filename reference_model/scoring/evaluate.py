@@ -1,6 +1,7 @@
 """Score METRIS, any other model, or a file of masks, and what needs no model, on the splits of a data set."""
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -28,7 +29,7 @@ from reference_model.scoring.metrics import SegmentationMetrics
 from reference_model.scoring.metris_predictor import MetrisPredictor
 from reference_model.scoring.outcome import Outcome
 from reference_model.scoring.predictors import CallablePredictor, FilePredictor, Predictor, callable_from
-from reference_model.scoring.processes import anywhere, joined, place
+from reference_model.scoring.processes import joined, place
 from reference_model.scoring.protocols import PROTOCOLS, Protocol
 from reference_model.scoring.results import Predictions, result_line
 from reference_model.scoring.table import score_table
@@ -53,7 +54,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, Scores]]:
     ``intervals``, ``by category`` and ``by length``. The precision-recall curves go to a file of their own,
     NAME_curves.json beside ``out``. In the folder of a checkpoint both keep the splits scored before.
 
-    Under torchrun each process scores its share of the images; the first one returns, writes and prints
+    Under torchrun each process scores its share of the images; all return, and the first writes and prints,
     what one process would, but for a model's own roundings where batches are others.
 
     Raises:
@@ -91,8 +92,8 @@ def _evaluate(
     curves: dict[str, Curve] = {}
     with ExitStack() as stack:
         rows = None
-        if config.results is not None and first:
-            path = stack.enter_context(written_whole(config.results))
+        if config.results is not None:
+            path = stack.enter_context(written_whole(config.results)) if first else Path(os.devnull)
             rows = Rows(stack.enter_context(path.open("w", encoding="utf-8")))
         for split, records in splits.items():
             baselines = None if mean_mask is None else Baselines(reader, mean_mask, protocol)
@@ -137,14 +138,14 @@ class Seen(NamedTuple):
 
 
 def gathered(seen: Iterable[Seen]) -> Iterator[Seen]:
-    """Yield what one process sees as it comes; of several, the first yields all of it, the others nothing.
+    """Yield what one process sees as it comes; of several, each yields what all of them saw.
 
     Of several, a split is held without its images and masks, and a stream comes out in the order of images.
 
     Raises:
         InputError: That of any process, in all of them.
     """
-    process, processes = place()
+    _, processes = place()
     if processes == 1:
         yield from seen
         return
@@ -159,7 +160,7 @@ def gathered(seen: Iterable[Seen]) -> Iterator[Seen]:
         if said is not None:  # all end in good order, with the same line
             raise InputError(said)
     # One after the other as one process has listed records: an image is with one of them.
-    every = [one for _, part in parts for one in part] if process == 0 else []
+    every = [one for _, part in parts for one in part]
     yield from sorted(every, key=lambda one: (one.record.image_id, one.record.ref_id))
 
 
@@ -222,12 +223,10 @@ def _scored(
         cuts.add(one.threshold)
         if rows is not None and one.line is not None:
             rows.add(one.record, one.line)
-    if not anywhere(bool(metrics.tallies[0])):
+    if not cuts:
         raise InputError(f"{reader.source}: nothing of split {split!r} could be decoded; mend the data")
     result = computed(metrics)
     found = computed(curve)
-    if place()[0]:
-        return result, found
     if found is not None:
         result["AUC-PR"] = found.area
     left_out = 0

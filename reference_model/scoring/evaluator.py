@@ -170,8 +170,7 @@ def truth_of(record: Record, protocol: Protocol) -> np.ndarray:
     if size is None:
         return record.mask(protocol.overlaps)
     if protocol.truth == "redrawn" and isinstance(drawn, list):
-        defect = segmentation_defect(drawn, record.height, record.width)
-        if defect is None:
+        if segmentation_defect(drawn, record.height, record.width) is None:  # else `mask` says which it has
             by = (size / record.width, size / record.height)
             scaled = [[number * by[i % 2] for i, number in enumerate(polygon)] for polygon in drawn]
             record = replace(record, segmentation=scaled, height=size, width=size)
