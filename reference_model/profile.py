@@ -78,8 +78,9 @@ def profile(config: ProfileConfig) -> dict[str, Any]:
     sized = replace(network, image_size=size)
     model = build_metris(sized).eval()
     longest = model.text_encoder.longest
-    if not 3 <= tokens <= longest:
-        raise InputError(f"tokens: must be in [3, {longest}], what the text encoder can place; got {tokens}")
+    if tokens < 3 or (longest is not None and tokens > longest):
+        places = "at least 3" if longest is None else f"in [3, {longest}], what the text encoder can place"
+        raise InputError(f"tokens: must be {places}; got {tokens}")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     report = {

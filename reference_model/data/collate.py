@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from reference_model.data.cache import SharedCache
 from reference_model.data.images import open_image
 from reference_model.data.plain import shown
 from reference_model.data.reader import OnError
@@ -77,8 +78,8 @@ class ReferringDataset(Dataset[Item]):
     Args:
         records: What a reader gave.
         size: s, side of image and mask, pixels.
-        cache: Keep each image (3·s² bytes) and mask (s² bytes) in memory once made. A worker process of a
-            DataLoader keeps its own.
+        cache: Make each image (3·s² bytes) and mask (s² bytes) once: the processes that fork from this one,
+            as the workers of a DataLoader on Linux, share them in a temporary file (`SharedCache`).
         on_error: What an image or mask that cannot be decoded does: ``stop`` with an InputError, or be left
             out of its batch, with one warning (``skip``). A batch that would be left empty takes the next
             record that can be decoded, so that all training processes stay in step.
@@ -91,13 +92,18 @@ class ReferringDataset(Dataset[Item]):
             raise ValueError(f"ReferringDataset: size must be at least 1 pixel, got {size}")
         self.records = records
         self.size = size
-        self.cache = cache
         self.on_error = on_error
-        self._pixels: dict[int, Tensor] = {}
-        self._masks: dict[int, Tensor] = {}
         self._broken: dict[tuple[str, int], str] = {}
         # Sentences of one object share its segmentation, while ids of annotations need not be unique.
         self._object = [id(record.segmentation) for record in records]
+        self._pixels: SharedCache | None = None
+        self._masks: SharedCache | None = None
+        if cache:
+            images = dict.fromkeys(record.image_id for record in records)
+            self._image_row = {image_id: row for row, image_id in enumerate(images)}
+            self._object_row = {key: row for row, key in enumerate(dict.fromkeys(self._object))}
+            self._pixels = SharedCache(len(self._image_row), 3 * size**2)
+            self._masks = SharedCache(len(self._object_row), size**2)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -146,25 +152,28 @@ class ReferringDataset(Dataset[Item]):
         return items
 
     def _image(self, record: Record) -> Tensor:
-        pixels = self._pixels.get(record.image_id)
-        if pixels is None:
-            with self._once("image", record.image_id):
-                size, name = (record.height, record.width), record.image_name
-                image = open_image(record.image, height_width=size, name=name)
-            pixels = image_pixels(image, self.size)
-            if self.cache:
-                self._pixels[record.image_id] = pixels
-        return pixels.clone() if self.cache else pixels  # who changes an item does not change the cache
+        if self._pixels is not None:
+            held = self._pixels.read(self._image_row[record.image_id])
+            if held is not None:
+                return torch.from_numpy(held).view(3, self.size, self.size)
+        with self._once("image", record.image_id):
+            size, name = (record.height, record.width), record.image_name
+            image = open_image(record.image, height_width=size, name=name)
+        pixels = image_pixels(image, self.size)
+        if self._pixels is not None:
+            self._pixels.write(self._image_row[record.image_id], pixels.numpy())
+        return pixels
 
     def _mask(self, index: int) -> Tensor:
-        mask = self._masks.get(self._object[index])
-        if mask is None:
-            with self._once("mask", self._object[index]):
-                whole = self.records[index].mask()
-            mask = torch.from_numpy(resize_mask(whole, self.size, self.size))
-            if self.cache:
-                self._masks[self._object[index]] = mask
-        return mask.clone() if self.cache else mask
+        key = self._object[index]
+        if self._masks is not None and (held := self._masks.read(self._object_row[key])) is not None:
+            return torch.from_numpy(held.view(bool)).view(self.size, self.size)
+        with self._once("mask", key):
+            whole = self.records[index].mask()
+        mask = resize_mask(whole, self.size, self.size)
+        if self._masks is not None:
+            self._masks.write(self._object_row[key], mask)
+        return torch.from_numpy(mask)
 
     @contextmanager
     def _once(self, kind: str, key: int) -> Iterator[None]:
@@ -186,7 +195,7 @@ class Collate:
     Overlong sentences are cut in silence: `report_overlong` counts them once.
 
     Args:
-        tokenizer: BERT's or CLIP's.
+        tokenizer: That of the text encoder.
         max_tokens: The most tokens of a sentence, [CLS] and [SEP] included.
     """
 
@@ -222,8 +231,8 @@ def outlive_sigterm(worker: int) -> None:
 
 def report_overlong(tokenizer: "PreTrainedTokenizerBase", records: Sequence[Record], max_tokens: int) -> None:
     """Say on stderr, once before a run, how many sentences :class:`Collate` will cut."""
-    rows = tokenizer([record.expression for record in records], verbose=False)["input_ids"]
-    overlong = sum(len(ids) > max_tokens for ids in rows)
+    rows = _framed(tokenizer, [record.expression for record in records])
+    overlong = sum(len(row.ids) > max_tokens for row in rows)
     if overlong:
         print(f"{overlong} of {len(rows)} sentences exceed {max_tokens} tokens and are cut", file=sys.stderr)
 
@@ -238,10 +247,11 @@ def tokenize(
     """Tokenise sentences and pad them to the longest one.
 
     Args:
-        tokenizer: BERT's or CLIP's, one that puts special tokens around a sentence.
+        tokenizer: That of the text encoder. Where it opens no sentence, as T5's and GPT's, its sign for a
+            beginning, else for an end, is put in front: place 0 is the global cue's in every sentence.
         expressions: b sentences.
         max_tokens: The most tokens of a sentence, special ones included. A longer sentence is cut; its last
-            token stays the closing one ([SEP]).
+            token stays the closing one ([SEP]), if it has one.
         warn: Name each sentence that is cut in a warning.
 
     Returns:
@@ -251,9 +261,6 @@ def tokenize(
         InputError: A sentence has no word.
         ValueError: ``max_tokens`` leaves no room for a word, or there is no sentence.
     """
-    special = tokenizer.num_special_tokens_to_add()
-    if max_tokens <= special:
-        raise ValueError(f"tokenize: max_tokens is {max_tokens}, but {special} of them are special tokens")
     if isinstance(expressions, str):
         raise TypeError("tokenize: expressions is one string, expected a list of them")
     if not expressions:
@@ -263,8 +270,13 @@ def tokenize(
             expression.encode()
         except UnicodeEncodeError as error:
             raise InputError(f"{shown(expression)}: not valid Unicode text; mend that sentence") from error
-    rows = tokenizer(list(expressions), verbose=False)["input_ids"]
-    for index, (expression, ids) in enumerate(zip(expressions, rows)):
+    rows = []
+    for expression, (ids, closed) in zip(expressions, _framed(tokenizer, expressions)):
+        special = 1 + closed
+        if max_tokens <= special:
+            raise ValueError(
+                f"tokenize: max_tokens is {max_tokens}, but {special} of them are special tokens"
+            )
         if len(ids) <= special:
             raise InputError(f"{shown(expression)}: has no word; write what to look for")
         if len(ids) > max_tokens:
@@ -273,10 +285,29 @@ def tokenize(
                     f"{expression!r} has {len(ids)} tokens with the special ones, {max_tokens} are kept",
                     stacklevel=2,
                 )
-            rows[index] = [*ids[: max_tokens - 1], ids[-1]]
+            ids = [*ids[: max_tokens - closed], *ids[len(ids) - closed :]]
+        rows.append(ids)
     lengths = torch.tensor([len(row) for row in rows])
     longest = int(lengths.max())
     return Tokens(
         torch.tensor([row + [tokenizer.pad_token_id] * (longest - len(row)) for row in rows]),
         torch.arange(longest) < lengths[:, None],
     )
+
+
+class _Framed(NamedTuple):
+    ids: list[int]
+    """Token 0 opens the sentence."""
+    closed: bool
+    """Whether the last one closes it."""
+
+
+def _framed(tokenizer: "PreTrainedTokenizerBase", expressions: Sequence[str]) -> list[_Framed]:
+    """Tokenise sentences, each behind a token that opens it."""
+    signs = (tokenizer.cls_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
+    opening = next(sign for sign in signs if sign is not None)
+    rows = tokenizer(list(expressions), return_special_tokens_mask=True, verbose=False)
+    return [
+        _Framed(ids if added[:1] == [1] else [opening, *ids], len(ids) > 1 and added[-1] == 1)
+        for ids, added in zip(rows["input_ids"], rows["special_tokens_mask"])
+    ]

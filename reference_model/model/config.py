@@ -22,10 +22,11 @@ class ModelConfig:
     coordinates: bool = False
     """Add a learned map of position to each feature map, akin to CRIS's CoordConv; the paper names none."""
     text_encoder: str = "bert-base-uncased"
-    """BERT, its kin or CLIP's text encoder, by transformers' name; read only where pretrained asks for it."""
+    """A text encoder by transformers' name: BERT and its kin, CLIP's, T5's, or a decoder-only language model;
+    read only where pretrained asks for it."""
     text_encoder_options: dict[str, Any] = field(default_factory=dict)
     """From scratch: keyword arguments for transformers' BertConfig, whose defaults are BERT-base; or a
-    model_type such as roberta or clip_text_model, and keyword arguments for its config."""
+    model_type such as roberta, clip_text_model, t5 or gpt2, and keyword arguments for its config."""
     vocab_size: int = 30522
     """Entries of the tokenizer's vocabulary; training from scratch sets it to the vocabulary it builds."""
     max_tokens: int = 20

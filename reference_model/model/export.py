@@ -305,17 +305,17 @@ def _evaluating(model: METRIS) -> Iterator[None]:
 
 @contextmanager
 def _written_out(model: METRIS) -> Iterator[None]:
-    """Write attention out in transformers' Swin: what its fused kernel becomes, ONNX Runtime refuses."""
-    backbone = model.image_encoder.backbone
-    if not hasattr(backbone, "set_attn_implementation"):
-        yield
-        return
-    usual = backbone.config._attn_implementation
-    backbone.set_attn_implementation("eager")
+    """Write attention out in transformers' models: what Swin's fused kernel becomes, ONNX Runtime refuses, and
+    T5's has no form there."""
+    parts = [model.image_encoder.backbone, model.text_encoder.bert]
+    usual = {part: part.config._attn_implementation for part in parts if hasattr(part, "set_attn_implementation")}
     try:
+        for part in usual:
+            part.set_attn_implementation("eager")
         yield
     finally:
-        backbone.set_attn_implementation(usual)
+        for part, implementation in usual.items():
+            part.set_attn_implementation(implementation)
 
 
 def _save_onnx(program: torch.export.ExportedProgram, file: Path, about: str) -> None:

@@ -1,4 +1,4 @@
-"""Text encoder: last hidden states of BERT, its kin or CLIP's text tower, and the tokenizer beside it."""
+"""Text encoder: last hidden states of BERT, CLIP's text tower, T5, GPT and their kin, and the tokenizer."""
 
 import inspect
 import json
@@ -15,7 +15,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
     MODEL_MAPPING,
     AutoConfig,
     AutoTokenizer,
@@ -28,10 +30,18 @@ from transformers import (
 
 from reference_model.files import InputError
 
+# Encoders without a causal mask whose tokenizers put nothing before a sentence.
+_T5 = {"t5", "mt5", "umt5"}
 # What a config writes of itself besides its architecture.
-_NOT_OPTIONS = {"architectures", "dtype", "model_type", "torch_dtype", "transformers_version", "vocab_size"}
-# Under their causal mask the first token sees nothing but itself: the last real one is the global cue.
-_CAUSAL = {"clip_text_model"}
+_NOT_OPTIONS = {
+    "architectures",
+    "dtype",
+    "model_type",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+    "vocab_size",
+}
 
 
 class Expression(NamedTuple):
@@ -48,16 +58,18 @@ class Expression(NamedTuple):
 class TextEncoder(nn.Module):
     """Expression tokens Q_L of a sentence; token 0 is the global cue (METRIS 3.1).
 
-    For BERT and its kin that is the state of [CLS]. CLIP's text tower is causal, so its first state is the
-    same for every sentence: there the state of the closing token, the first EOS, takes its place.
+    For BERT and its kin, trained to fill gaps, that is the state of [CLS]. No other opens a sentence with a
+    token that says something: there the state of the last real token takes its place (CLIP's first EOS, T5's
+    EOS, the last word of a language model). Causal ones read the opening token before it is replaced; T5 and
+    its kin, which know none, do not.
 
     Args:
         name: Text encoder to fetch where ``pretrained``.
         vocab_size: Entries of the vocabulary, where built from scratch.
         pretrained: Fetch the weights of ``name`` through transformers.
         weights: Local folder of weights, instead of fetching.
-        options: Where built from scratch, ``model_type`` ("bert" if left out, "roberta", "clip_text_model")
-            and keyword arguments for the config that transformers has for it.
+        options: Where built from scratch, ``model_type`` ("bert" if left out, "roberta", "clip_text_model",
+            "t5", "gpt2", ...) and keyword arguments for the config that transformers has for it.
 
     Raises:
         InputError: The weights cannot be had, or the model or an option is unknown.
@@ -80,7 +92,7 @@ class TextEncoder(nn.Module):
             self.bert = _from_scratch(vocab_size, options or {})
         self.dim: int = self.bert.config.hidden_size
         self.vocab_size: int = self.bert.config.vocab_size
-        self.causal: bool = self.bert.config.model_type in _CAUSAL
+        self.fills_gaps: bool = _fills_gaps(self.bert.config)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -91,12 +103,13 @@ class TextEncoder(nn.Module):
         return kind | {key: differing[key] for key in sorted(differing.keys() - _NOT_OPTIONS)}
 
     @property
-    def longest(self) -> int:
-        """The most tokens of a sentence that it has places for."""
+    def longest(self) -> int | None:
+        """The most tokens of a sentence that it has places for; None where places are relative."""
         # RoBERTa and its like count their places from behind that of padding.
         padding = getattr(getattr(self.bert, "embeddings", None), "position_embeddings", None)
         padding = getattr(padding, "padding_idx", None)
-        return self.bert.config.max_position_embeddings - (0 if padding is None else padding + 1)
+        places = getattr(self.bert.config, "max_position_embeddings", None)
+        return None if places is None else places - (0 if padding is None else padding + 1)
 
     def forward(self, token_ids: Tensor, language_mask: Tensor) -> Expression:
         """(b, l) ids, (b, l) bool True = real token -> Q_L (b, l, d) and its global cue.
@@ -105,15 +118,17 @@ class TextEncoder(nn.Module):
             InputError: A sentence has more tokens than the encoder has places for.
         """
         length = token_ids.shape[1]
-        if length > self.longest:
+        if self.longest is not None and length > self.longest:
             raise InputError(
                 f"text_encoder: a sentence has {length} tokens, but it has places for {self.longest}; lower "
                 "max_tokens"
             )
-        states = self.bert(input_ids=token_ids, attention_mask=language_mask.long()).last_hidden_state
-        if self.causal:
+        place = torch.arange(length, device=token_ids.device)
+        heard = language_mask & (place > 0) if self.bert.config.model_type in _T5 else language_mask
+        states = self.bert(input_ids=token_ids, attention_mask=heard.long()).last_hidden_state
+        if not self.fills_gaps:
             # The mask says where the sentence closes; ids would not, as CLIP pads with the same EOS.
-            last = (language_mask * torch.arange(length, device=states.device)).amax(dim=1)
+            last = (language_mask * place).amax(dim=1)
             # gather, as take_along_dim would tie an exported program to the sizes it was traced with.
             closing = states.gather(1, last[:, None, None].expand(-1, 1, states.shape[-1]))
             states = torch.cat([closing, states[:, 1:]], dim=1)
@@ -152,12 +167,13 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     problem = ""
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         problem = "knows no word"
-    elif tokenizer.num_special_tokens_to_add() < 2:
-        problem = "puts no tokens before and behind a sentence"
-    elif tokenizer.pad_token_id is None:
-        problem = "has no token to pad with"
+    elif not (signs := [x for x in (tokenizer.eos_token, tokenizer.bos_token, tokenizer.cls_token) if x]):
+        problem = "has no token that opens or closes a sentence"
     if problem:
-        raise InputError(f"tokenizer {source}: {problem}; give that of a BERT or of CLIP")
+        raise InputError(f"tokenizer {source}: {problem}; give the one that came with the text encoder")
+    if tokenizer.pad_token_id is None:
+        # Language models were trained without; masks say what padding is.
+        tokenizer.pad_token = signs[0]
     return tokenizer
 
 
@@ -218,14 +234,14 @@ def _fetched(name: str, folder: Path | None) -> PreTrainedModel:
     if missing := sorted(report["missing_keys"]):
         count = f"{len(missing)} weights, first {missing[0]}"
         raise InputError(f"text_encoder {source}: lacks {count}; give weights of a {config.model_type}")
-    return model
+    return _stack(model)
 
 
 def _from_scratch(vocab_size: int, options: dict[str, Any]) -> PreTrainedModel:
     options = dict(options)
     model_type = options.pop("model_type", "bert")
     if model_type not in CONFIG_MAPPING:
-        step = "bert, roberta and clip_text_model are some"
+        step = "bert, roberta, clip_text_model, t5 and gpt2 are some"
         raise InputError(f"text_encoder_options: transformers has no model_type {model_type}; {step}")
     config_class = CONFIG_MAPPING[model_type]
     known = config_class().to_dict()
@@ -234,29 +250,52 @@ def _from_scratch(vocab_size: int, options: dict[str, Any]) -> PreTrainedModel:
             raise InputError(
                 f"text_encoder_options: {config_class.__name__} has no {key}; see its documentation"
             )
-    # CLIP's own are entries of its own vocabulary. Nothing here reads them.
-    special = ((key, known.get(key)) for key in ("bos_token_id", "eos_token_id"))
+    # A config's own are entries of its own vocabulary. Nothing here reads them.
+    special = ((key, known.get(key)) for key in ("bos_token_id", "eos_token_id", "pad_token_id"))
     outside = {key: 0 for key, value in special if isinstance(value, int) and value >= vocab_size}
     try:
         config = config_class(vocab_size=vocab_size, **outside | options)
     except StrictDataclassError as error:
         raise InputError(f"text_encoder_options: {' '.join(str(error).split())}") from error
     kind, without_pooler = _model_class(config, model_type)
-    return kind(config, **without_pooler)
+    try:
+        return _stack(kind(config, **without_pooler))
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+        line = " ".join(str(error).split())
+        raise InputError(
+            f"text_encoder_options: transformers cannot build that {model_type} ({line})"
+        ) from error
+
+
+def _fills_gaps(config: PreTrainedConfig) -> bool:
+    """Whether a model was trained as BERT was, so that its first token has heard the sentence."""
+    return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not config.is_encoder_decoder
 
 
 def _model_class(config: PreTrainedConfig, source: str) -> tuple[type[PreTrainedModel], dict[str, bool]]:
     """Give the class of a text encoder, and what leaves its pooler out."""
-    cloze = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not config.is_encoder_decoder
-    if not cloze and config.model_type not in _CAUSAL:
+    if config.model_type in _T5:
+        return MODEL_FOR_TEXT_ENCODING_MAPPING[type(config)], {}
+    causal = config.model_type == "clip_text_model" or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if config.is_encoder_decoder or not (causal or _fills_gaps(config)) or type(config) not in MODEL_MAPPING:
         raise InputError(
-            f"text_encoder {source}: {config.model_type} gives no global cue that is known here; take BERT, "
-            "its kin (trained to fill gaps), or CLIP's text encoder"
+            f"text_encoder {source}: {config.model_type} gives no global cue that is known here; take BERT "
+            "or its kin (trained to fill gaps), CLIP's text encoder, T5, or a decoder-only language model"
         )
     kind = MODEL_MAPPING[type(config)]
     # Nothing reads the pooler, and parameters without gradient break distributed training.
     has_pooler = "add_pooling_layer" in inspect.signature(kind).parameters
     return kind, {"add_pooling_layer": False} if has_pooler else {}
+
+
+def _stack(model: PreTrainedModel) -> PreTrainedModel:
+    """Give what turns token ids into states, and keeps nothing of a sentence for the next."""
+    if model.config.model_type in _T5:
+        # Its embedding hangs in two places, and files of weights hold each tensor once.
+        model = model.encoder
+    if not _fills_gaps(model.config):
+        model.config.use_cache = False
+    return model
 
 
 def _json(path: Path) -> dict[str, Any]:

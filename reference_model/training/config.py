@@ -53,7 +53,8 @@ class TrainConfig:
     no_target_weight: float = 0.1
     """Weight of the no-target classifier's loss, where there is one; ReLA's 0.1, the paper prints none."""
     cache: bool = False
-    """Keep resized images and masks in memory, 3 and 1 bytes per pixel of image_size^2."""
+    """Decode and resize each image and mask once: a temporary file in TMPDIR, which all workers share, keeps
+    them for the run, 3 and 1 bytes per pixel of image_size^2; each process of torchrun has its own."""
     evaluate_every: int = 1
     """Epochs between two evaluations on val; 0 evaluates once, at the end."""
     ema_decay: float | None = None

@@ -10,6 +10,7 @@ from einops import rearrange, reduce
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
 
 from reference_model.data.collate import tokenize
 from reference_model.data.transforms import image_tensor
@@ -102,7 +103,7 @@ def explain(
             index,
             return_maps=True,
         )
-    named = [checkpoint.tokenizer.convert_ids_to_tokens(row.tolist()) for row in tokens.token_ids]
+    named = [[_name(checkpoint.tokenizer, i) for i in row.tolist()] for row in tokens.token_ids]
     return [
         _explanation(model, output, row, expression, named[row], tokens.language_mask[row])
         for row, expression in enumerate(expressions)
@@ -143,11 +144,16 @@ def unknown_words(checkpoint: Checkpoint, expression: str) -> list[str]:
     tokenizer = checkpoint.tokenizer
     found = []
     for word in expression.split():
-        pieces = tokenizer.tokenize(word)
-        spelled = len(pieces) > 1 and all(len(piece.removeprefix("##")) == 1 for piece in pieces)
-        if tokenizer.unk_token in pieces or spelled:
+        pieces = tokenizer(word, add_special_tokens=False)["input_ids"]
+        spelled = len(pieces) > 1 and all(len(_name(tokenizer, i).removeprefix("##")) == 1 for i in pieces)
+        if tokenizer.unk_token_id in pieces or spelled:
             found.append(word)
     return found
+
+
+def _name(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """Give a token as a person reads it: vocabularies have signs of their own for the space beside a word."""
+    return tokenizer.decode([token]).strip() or tokenizer.convert_ids_to_tokens(token)
 
 
 def _explanation(

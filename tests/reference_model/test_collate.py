@@ -192,6 +192,21 @@ def test_cached_masks_survive_the_way_to_another_process(records):
         )
 
 
+def test_what_workers_of_one_epoch_made_those_of_the_next_do_not_make_again(records, monkeypatch):
+    dataset = ReferringDataset(records, 12, cache=True)
+    # Workers that fork anew each time, and a parent that decodes nothing itself.
+    epoch = lambda: list(DataLoader(dataset, batch_size=2, collate_fn=Collate(TOKENIZER), num_workers=2))
+    first = epoch()
+
+    def refuse(*arguments, **options):
+        raise AssertionError("made again")
+
+    monkeypatch.setattr(collate_module, "open_image", refuse)
+    monkeypatch.setattr(Record, "mask", refuse)
+    for one, other in zip(first, epoch(), strict=True):
+        assert one.images.equal(other.images) and one.masks.equal(other.masks)
+
+
 def test_cache_hands_out_copies_that_a_caller_may_change(records):
     dataset = ReferringDataset(records, 12, cache=True)
     item = dataset[0]

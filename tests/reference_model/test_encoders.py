@@ -5,9 +5,11 @@ import os
 import pickle
 from dataclasses import replace
 from math import ceil
+from string import ascii_lowercase
 
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 from transformers import (
     BertConfig,
@@ -16,16 +18,24 @@ from transformers import (
     CLIPConfig,
     CLIPModel,
     CLIPTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Tokenizer,
     SwinConfig,
     SwinForImageClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+    T5Tokenizer,
 )
 
+from reference_model.data.collate import tokenize
 from reference_model.files import InputError
 from reference_model.model.build import build_metris
 from reference_model.model.checkpoint import load_checkpoint
 from reference_model.model.image_encoder import ImageEncoder
 from reference_model.model.text_encoder import TextEncoder, article_ids, build_tokenizer, load_tokenizer
 from reference_model.training.train import train
+from reference_model.viewing.explain import encode, explain
 
 TIMM, HUGGING = "swin_tiny_patch4_window7_224", "transformers/microsoft/swin-tiny-patch4-window7-224"
 HEADS = [1, 2, 2, 4]
@@ -374,7 +384,12 @@ KINDS = {
     "clip": {"model_type": "clip_text_model", **TINY, "max_position_embeddings": 20},
     "roberta": {"model_type": "roberta", **TINY, "max_position_embeddings": 22},
     "distilbert": {"model_type": "distilbert", **DISTIL},
+    "t5": {"model_type": "t5", "d_model": 24, "d_kv": 12, "d_ff": 24, "num_layers": 2, "num_heads": 2},
+    "gpt2": {"model_type": "gpt2", "n_embd": 24, "n_layer": 2, "n_head": 2, "n_positions": 20},
+    "llama": {"model_type": "llama", **TINY, "max_position_embeddings": 20},
+    "qwen2": {"model_type": "qwen2", **TINY, "num_key_value_heads": 1, "max_position_embeddings": 20},
 }
+CLOSING = ("clip", "t5", "gpt2", "llama", "qwen2")
 
 
 def text_encoder(kind):
@@ -428,6 +443,17 @@ def test_clip_gives_the_state_of_the_first_eos_in_place_of_the_constant_one():
     assert language.tokens[:, 1:].equal(theirs.last_hidden_state[:, 1:])
 
 
+@pytest.mark.parametrize("kind", CLOSING)
+def test_cue_is_the_state_of_the_last_token_as_transformers_gives_it_without_padding(kind):
+    encoder, (ids, mask) = text_encoder(kind), sentences()
+    language = encoder(ids, mask)
+    start = 1 if kind == "t5" else 0  # T5 knows no token that opens a sentence
+    for row, length in enumerate(mask.sum(dim=1)):
+        states = encoder.bert(input_ids=ids[row : row + 1, start:length]).last_hidden_state[0]
+        torch.testing.assert_close(language.cue[row], states[-1], rtol=0, atol=1e-5)
+        torch.testing.assert_close(language.tokens[row, 1:length], states[1 - start :], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradient_reaches_every_weight_of_a_text_encoder(kind):
     encoder, (ids, mask) = text_encoder(kind), sentences()
@@ -446,7 +472,9 @@ def test_options_build_a_text_encoder_again(kind):
 
 
 def test_text_encoder_takes_as_many_tokens_as_it_has_places_for():
-    for kind, longest in (("bert", 512), ("clip", 20), ("roberta", 20), ("distilbert", 512)):
+    assert text_encoder("t5").longest is None
+    assert text_encoder("t5")(torch.ones(1, 600).long(), torch.ones(1, 600).bool()).cue.isfinite().all()
+    for kind, longest in (("bert", 512), ("clip", 20), ("roberta", 20), ("distilbert", 512), ("gpt2", 20)):
         encoder = text_encoder(kind)
         assert encoder.longest == longest
         ids = torch.randint(5, 60, (1, longest + 1))
@@ -459,10 +487,11 @@ def test_text_encoder_takes_as_many_tokens_as_it_has_places_for():
     ("options", "says"),
     [
         ({"model_type": "brt"}, "transformers has no model_type brt"),
-        ({"model_type": "gpt2"}, "gpt2 gives no global cue"),
-        ({"model_type": "t5"}, "t5 gives no global cue"),
+        ({"model_type": "bart"}, "bart gives no global cue"),
+        ({"model_type": "siglip_text_model"}, "siglip_text_model gives no global cue"),
         ({"model_type": "clip_text_model", "hiden_size": 3}, "CLIPTextConfig has no hiden_size"),
         ({"hidden_size": "many"}, "text_encoder_options: .*hidden_size.*many"),
+        ({"hidden_size": 25, "num_attention_heads": 2}, "transformers cannot build that bert .*25"),
     ],
 )
 def test_text_encoder_refuses_what_it_cannot_be(options, says):
@@ -504,6 +533,84 @@ def test_clip_folder_gives_its_text_tower_and_its_tokenizer(tmp_path):
     assert isinstance(again, CLIPTokenizer) and again("the red cat") == tokenizer("the red cat")
 
 
+WORDS = ["the", "a", "an", "red", "star", "ring", "near"]
+
+
+def t5_folder(path):
+    """As google/flan-t5-* has it: encoder and decoder, a tokenizer that closes sentences but opens none."""
+    model = T5ForConditionalGeneration(T5Config(**{**KINDS["t5"], "vocab_size": 48})).eval()
+    model.save_pretrained(path)
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -5.0)]
+    pieces += [*((f"▁{word}", -1.0) for word in WORDS), *((sign, -7.0) for sign in ascii_lowercase)]
+    T5Tokenizer(vocab=pieces, extra_ids=2).save_pretrained(path)
+    return model
+
+
+def gpt2_folder(path):
+    """As openai-community/gpt2 has it: a tokenizer that adds nothing and knows no padding."""
+    pieces = ["<|endoftext|>", *ascii_lowercase, "Ġ"]
+    merges = []
+    for word in WORDS:
+        merges += [(word[:end], word[end]) for end in range(1, len(word))] + [("Ġ", word)]
+    pieces += dict.fromkeys("".join(merge) for merge in merges)
+    signs = {"bos_token_id": 0, "eos_token_id": 0}
+    model = GPT2LMHeadModel(GPT2Config(**{**KINDS["gpt2"], "vocab_size": len(pieces), **signs})).eval()
+    model.save_pretrained(path)
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    GPT2Tokenizer(vocab=vocab, merges=list(dict.fromkeys(merges))).save_pretrained(path)
+    return model
+
+
+FOLDERS = {"t5": (t5_folder, T5Tokenizer), "gpt2": (gpt2_folder, GPT2Tokenizer)}
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_folder_of_a_language_model_gives_the_states_that_it_gives(kind, tmp_path):
+    make, tokenizer_class = FOLDERS[kind]
+    model = make(tmp_path)
+    encoder = TextEncoder("unused", vocab_size=9, weights=tmp_path).eval()
+    tokenizer = load_tokenizer(tmp_path)
+    assert isinstance(tokenizer, tokenizer_class)
+    assert encoder.vocab_size == len(model.get_input_embeddings().weight)
+    tokens = tokenize(tokenizer, ["the red star", "a ring near the red star"], 20)
+    names = tokenizer.convert_ids_to_tokens(tokens.token_ids[0])
+    closing = ["</s>"] if kind == "t5" else []
+    assert [name.strip("▁Ġ") for name in names] == (
+        [tokenizer.eos_token, "the", "red", "star", *closing] + [tokenizer.pad_token] * 3
+    )
+    language = encoder(*tokens)
+    for row, sentence in enumerate(("the red star", "a ring near the red star")):
+        ids = tokenizer(sentence, return_tensors="pt")["input_ids"]
+        # GPT reads the sign of a beginning, between any two texts of its training; T5 never saw one.
+        if kind == "t5":
+            states = model.encoder(ids).last_hidden_state[0]
+        else:
+            states = model.transformer(torch.cat([tokens.token_ids[:1, :1], ids], dim=1)).last_hidden_state[
+                0, 1:
+            ]
+        torch.testing.assert_close(language.cue[row], states[-1], rtol=0, atol=1e-5)
+        torch.testing.assert_close(language.tokens[row, 1 : len(states) + 1], states, rtol=0, atol=1e-5)
+    tokenizer.save_pretrained(tmp_path / "saved")
+    again = tokenize(load_tokenizer(tmp_path / "saved"), ["the red star", "a ring near the red star"], 20)
+    assert again.token_ids.equal(tokens.token_ids) and again.language_mask.equal(tokens.language_mask)
+
+
+def test_sentence_of_any_vocabulary_is_cut_between_its_opening_and_its_closing_token(tmp_path):
+    sentence = "the red star near a ring"
+    for kind, (make, _) in FOLDERS.items():
+        make(tmp_path / kind)
+        tokenizer = load_tokenizer(tmp_path / kind)
+        with pytest.warns(UserWarning, match=r"has [78] tokens with the special ones, 4 are kept"):
+            ids = tokenize(tokenizer, [sentence], 4).token_ids[0].tolist()
+        words = tokenizer(sentence, add_special_tokens=False)["input_ids"]
+        eos = tokenizer.eos_token_id
+        assert ids == ([eos, *words[:2], eos] if kind == "t5" else [eos, *words[:3]])
+        with pytest.raises(InputError, match="has no word"):
+            tokenize(tokenizer, ["red", ""], 4)
+        with pytest.raises(ValueError, match="max_tokens is 1"):
+            tokenize(tokenizer, ["red"], 1)
+
+
 def test_text_weights_that_lack_some_are_refused(tmp_path):
     BertModel(BertConfig(vocab_size=60, **TINY)).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -537,23 +644,25 @@ def test_articles_are_found_in_every_kind_of_vocabulary(tmp_path):
     assert clip.convert_ids_to_tokens(article_ids(clip)) == ["a</w>", "an</w>", "the</w>"]
 
 
+@pytest.mark.parametrize("kind", ["clip", *FOLDERS])
 @pytest.mark.parametrize("start", ["from scratch", "from its folder"])
-def test_clip_trains_and_its_checkpoint_predicts(start, another, tmp_path):
+def test_other_text_encoders_train_and_their_checkpoints_predict(kind, start, another, tmp_path):
+    make, tokenizer_class = {"clip": (clip_folder, CLIPTokenizer), **FOLDERS}[kind]
     config = another(steps=2)
     if start == "from scratch":
-        changes = {"text_encoder_options": KINDS["clip"]}
+        changes = {"text_encoder_options": KINDS[kind]}
     else:
-        clip_folder(tmp_path / "clip")
-        changes = {"text_weights": tmp_path / "clip"}
+        make(tmp_path / "folder")
+        changes = {"text_weights": tmp_path / "folder"}
     out = train(replace(config, model=replace(config.model, articles=False, **changes)))
     loaded = load_checkpoint(out)
-    assert loaded.model.text_encoder.causal
-    assert isinstance(loaded.tokenizer, BertTokenizer if start == "from scratch" else CLIPTokenizer)
+    assert not loaded.model.text_encoder.fills_gaps
+    assert isinstance(loaded.tokenizer, BertTokenizer if start == "from scratch" else tokenizer_class)
     assert loaded.config.article_ids == article_ids(loaded.tokenizer) != []
-    rows = loaded.tokenizer(["the red star", "the red star near the ring"], padding=True, return_tensors="pt")
+    tokens = tokenize(loaded.tokenizer, ["the red star", "the red star near the ring"])
     with torch.no_grad():
-        output = loaded.model(
-            torch.randn(1, 3, 64, 64).expand(2, -1, -1, -1), rows["input_ids"], rows["attention_mask"].bool()
-        )
+        output = loaded.model(torch.randn(1, 3, 64, 64).expand(2, -1, -1, -1), *tokens)
+    (found,) = explain(loaded, encode(loaded, Image.new("RGB", (64, 64))), ["the red star"])
+    assert found.tokens[1:3] == ["the", "red"]  # as one reads them, whatever the vocabulary has for a space
     # The global cue of a causal encoder tells two sentences apart only behind their last word.
     assert (output.scores[0, 0] - output.scores[1, 0]).abs().max() > 1e-5

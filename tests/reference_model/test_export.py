@@ -289,7 +289,9 @@ VARIANTS = {
         | {"window_size": 3},
     },
     "ve, the letter, eager": {"guidance": "ve", "norm": "none", "coordinates": True, "backend": "eager"},
-    "no target, local cues, no articles, softmax over all": {
+    "no target, local cues, no articles, softmax over all, T5": {
+        "text_encoder_options": {"model_type": "t5", "d_model": 24, "d_kv": 12, "d_ff": 24}
+        | {"num_layers": 2, "num_heads": 2},
         "no_target": True,
         "cues": "local",
         "articles": False,
@@ -297,7 +299,13 @@ VARIANTS = {
         "mask_softmax": False,
         "learn_aggregation_temperature": True,
     },
-    "global cue, no steps 2 and 3": {"cues": "global", "refine": False, "relate": False},
+    "global cue, no steps 2 and 3, Llama": {
+        "cues": "global",
+        "refine": False,
+        "relate": False,
+        "text_encoder_options": {"model_type": "llama", "hidden_size": 24, "num_hidden_layers": 1}
+        | {"num_attention_heads": 2, "intermediate_size": 24},
+    },
 }
 
 
