@@ -259,7 +259,7 @@ def test_data_rows_are_measured_and_go_between_the_marks():
     text = data.tables(rounds=1, pictures=3)
     rows = [line.split("|") for line in text.splitlines() if line.count("|") == 5][2:]
     ratios = [float(row[4]) for row in rows]
-    assert len(ratios) == 11 and all(ratio > 0 for ratio in ratios)
+    assert len(ratios) == 12 and all(ratio > 0 for ratio in ratios)
     begin, end = data.MARKS
     readme = report.between(f"a {begin} old {end} b", text, begin, end)
     assert readme.startswith("a ") and readme.endswith(" b") and text in readme and "old" not in readme

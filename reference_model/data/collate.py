@@ -27,10 +27,10 @@ class Tokens(NamedTuple):
     """Tokenised sentences."""
 
     token_ids: Tensor
-    """(b, l) int64; index 0 is [CLS], padding at the end."""
+    """(b, l) int64; index 0 is [CLS] or what stands for it, padding at the end."""
 
     language_mask: Tensor
-    """(b, l) bool; True = real token, [CLS] and [SEP] included."""
+    """(b, l) bool; True = real token, [CLS] and [SEP] or what stands for them included."""
 
 
 class Item(NamedTuple):
@@ -196,7 +196,7 @@ class Collate:
 
     Args:
         tokenizer: That of the text encoder.
-        max_tokens: The most tokens of a sentence, [CLS] and [SEP] included.
+        max_tokens: The most tokens of a sentence, special ones included.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", max_tokens: int = 20) -> None:
@@ -266,6 +266,8 @@ def tokenize(
     if not expressions:
         raise ValueError("tokenize: expressions is empty, expected at least one")
     for expression in expressions:
+        if not expression.strip():
+            raise InputError(f"{shown(expression)}: has no word; write what to look for")
         try:
             expression.encode()
         except UnicodeEncodeError as error:
@@ -290,7 +292,8 @@ def tokenize(
     lengths = torch.tensor([len(row) for row in rows])
     longest = int(lengths.max())
     return Tokens(
-        torch.tensor([row + [tokenizer.pad_token_id] * (longest - len(row)) for row in rows]),
+        # What stands there is not read; GPT's tokenizer has no sign for it.
+        torch.tensor([row + [tokenizer.pad_token_id or 0] * (longest - len(row)) for row in rows]),
         torch.arange(longest) < lengths[:, None],
     )
 
@@ -305,7 +308,9 @@ class _Framed(NamedTuple):
 def _framed(tokenizer: "PreTrainedTokenizerBase", expressions: Sequence[str]) -> list[_Framed]:
     """Tokenise sentences, each behind a token that opens it."""
     signs = (tokenizer.cls_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
-    opening = next(sign for sign in signs if sign is not None)
+    opening = next((sign for sign in signs if sign is not None), None)
+    if opening is None:
+        raise ValueError("tokenize: the tokenizer has no sign for the beginning or the end of a sentence")
     rows = tokenizer(list(expressions), return_special_tokens_mask=True, verbose=False)
     return [
         _Framed(ids if added[:1] == [1] else [opening, *ids], len(ids) > 1 and added[-1] == 1)

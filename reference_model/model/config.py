@@ -30,9 +30,10 @@ class ModelConfig:
     vocab_size: int = 30522
     """Entries of the tokenizer's vocabulary; training from scratch sets it to the vocabulary it builds."""
     max_tokens: int = 20
-    """Longest sentence in tokens, [CLS] and [SEP] included; the peers' value, the paper is silent."""
+    """Longest sentence in tokens, special ones as [CLS] and [SEP] included; the peers' value, the paper is
+    silent."""
     pretrained: bool = False
-    """Fetch ImageNet-22K and BERT weights through timm and transformers (needs a network or their cache)."""
+    """Fetch both encoders' weights through timm and transformers (needs a network or their cache)."""
     image_weights: Path | None = None
     """Local weights for the image encoder, instead of fetching: a file of timm's, a folder of transformers',
     or for either Swin a .pth file of the original Swin Transformer."""

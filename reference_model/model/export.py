@@ -31,6 +31,7 @@ from reference_model.model.text_encoder import load_tokenizer
 Format = Literal["onnx", "pt2"]
 Run = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
+_TOKENIZER_FILE = re.compile(r"\w+\.(json|txt)")
 INPUTS = ("image", "token_ids", "language_mask", "image_index")
 OUTPUTS = ("logits", "scores", "dynamic_mask", "no_target")
 TOLERANCE = 1e-4
@@ -167,7 +168,7 @@ def load_exported(
         config = build(ModelConfig, about["model"], source=f"{file}, model")
         with tempfile.TemporaryDirectory() as folder:
             for name, text in about["tokenizer"].items():
-                if not re.fullmatch(r"\w+\.(json|txt)", name):
+                if not _TOKENIZER_FILE.fullmatch(name):
                     raise InputError(f"{file}: holds {name!r} among its tokenizer's files; export it again")
                 (Path(folder) / name).write_text(text, encoding="utf-8")
             tokenizer = load_tokenizer(Path(folder))
@@ -277,7 +278,9 @@ def _about(model: METRIS, recipe: Mapping[str, Any]) -> dict[str, Any]:
         output = model(*_example(model.config, images=1, sentences=1, words=_SHORTEST).values())
     with tempfile.TemporaryDirectory() as folder:
         model.tokenizer.save_pretrained(folder)
-        tokenizer = {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).iterdir())}
+        # Chat templates, which instruct models bring, are no part of it.
+        files = [path for path in sorted(Path(folder).iterdir()) if _TOKENIZER_FILE.fullmatch(path.name)]
+        tokenizer = {path.name: path.read_text(encoding="utf-8") for path in files}
     plain = {key: str(x) if isinstance(x, Path) else x for key, x in vars(model.config).items()}
     network = {"pretrained": False, "image_weights": None, "text_weights": None}
     return {
@@ -305,10 +308,11 @@ def _evaluating(model: METRIS) -> Iterator[None]:
 
 @contextmanager
 def _written_out(model: METRIS) -> Iterator[None]:
-    """Write attention out in transformers' models: what Swin's fused kernel becomes, ONNX Runtime refuses, and
-    T5's has no form there."""
-    parts = [model.image_encoder.backbone, model.text_encoder.bert]
-    usual = {part: part.config._attn_implementation for part in parts if hasattr(part, "set_attn_implementation")}
+    """Write attention out in transformers' models: what Swin's fused kernel becomes, ONNX Runtime refuses,
+    and T5's has no form there."""
+    parts = (model.image_encoder.backbone, model.text_encoder.bert)
+    own = [part for part in parts if hasattr(part, "set_attn_implementation")]  # timm's have none
+    usual = {part: part.config._attn_implementation for part in own}
     try:
         for part in usual:
             part.set_attn_implementation("eager")

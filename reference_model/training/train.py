@@ -89,19 +89,6 @@ def _train(config: TrainConfig, accelerator: Accelerator, stop: "Stop", *, unfin
         sampler = ImageGroupedSampler(
             image_ids, config.batch_size, accumulate=config.accumulate, **groups, **share
         )
-        loader = DataLoader(
-            ReferringDataset(
-                records, model_config.image_size, cache=config.cache, on_error=config.data.on_error
-            ),
-            batch_sampler=sampler,
-            collate_fn=collate,
-            num_workers=config.data.workers,
-            persistent_workers=config.data.workers > 0,
-            pin_memory=pinned,
-            worker_init_fn=outlive_sigterm,
-            # Its own generator: otherwise each new iterator would shift the dropout of the run.
-            generator=torch.Generator().manual_seed(config.seed),
-        )
     steps = config.steps or config.epochs * sampler.steps
 
     # Model, loss, optimiser
@@ -123,6 +110,22 @@ def _train(config: TrainConfig, accelerator: Accelerator, stop: "Stop", *, unfin
         device=accelerator.device,
         on_error=config.data.on_error,
     )
+
+    if not data.streamed:
+        # Not before all that may be refused: a cache takes its place on the disk at once.
+        loader = DataLoader(
+            ReferringDataset(
+                records, model_config.image_size, cache=config.cache, on_error=config.data.on_error
+            ),
+            batch_sampler=sampler,
+            collate_fn=collate,
+            num_workers=config.data.workers,
+            persistent_workers=config.data.workers > 0,
+            pin_memory=pinned,
+            worker_init_fn=outlive_sigterm,
+            # Its own generator: otherwise each new iterator would shift the dropout of the run.
+            generator=torch.Generator().manual_seed(config.seed),
+        )
 
     # Resume
     # Of shards, what their index says: reading them all would take as long as an epoch.

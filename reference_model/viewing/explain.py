@@ -30,7 +30,7 @@ class Encoded(NamedTuple):
 
 
 class Explanation(NamedTuple):
-    """What the model makes of one sentence; l tokens, [CLS] and [SEP] among them, no padding."""
+    """What the model makes of one sentence; l tokens, special ones among them, no padding."""
 
     expression: str
     tokens: list[str]
@@ -103,9 +103,9 @@ def explain(
             index,
             return_maps=True,
         )
-    named = [[_name(checkpoint.tokenizer, i) for i in row.tolist()] for row in tokens.token_ids]
+    pieces = [[named(checkpoint.tokenizer, i) for i in row.tolist()] for row in tokens.token_ids]
     return [
-        _explanation(model, output, row, expression, named[row], tokens.language_mask[row])
+        _explanation(model, output, row, expression, pieces[row], tokens.language_mask[row])
         for row, expression in enumerate(expressions)
     ]
 
@@ -145,15 +145,17 @@ def unknown_words(checkpoint: Checkpoint, expression: str) -> list[str]:
     found = []
     for word in expression.split():
         pieces = tokenizer(word, add_special_tokens=False)["input_ids"]
-        spelled = len(pieces) > 1 and all(len(_name(tokenizer, i).removeprefix("##")) == 1 for i in pieces)
+        spelled = len(pieces) > 1 and all(len(named(tokenizer, i).removeprefix("##")) == 1 for i in pieces)
         if tokenizer.unk_token_id in pieces or spelled:
             found.append(word)
     return found
 
 
-def _name(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+def named(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     """Give a token as a person reads it: vocabularies have signs of their own for the space beside a word."""
-    return tokenizer.decode([token]).strip() or tokenizer.convert_ids_to_tokens(token)
+    name = tokenizer.decode([token]).strip()
+    # Half a letter decodes to nothing that could be told from another half.
+    return tokenizer.convert_ids_to_tokens(token) if not name or "\N{REPLACEMENT CHARACTER}" in name else name
 
 
 def _explanation(

@@ -36,11 +36,15 @@ def test_rows_are_what_was_last_written_and_none_before(data):
             assert found is None
 
 
-def test_forked_processes_share_rows_and_pickled_copies_do_not():
+def add_nine(cache):
+    cache.write(2, cache.read(0) + 9)
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn", "forkserver"])
+def test_processes_share_rows_however_they_start_and_pickled_copies_do_not(start):
     cache = SharedCache(3, 4)
     cache.write(0, np.arange(4, dtype=np.uint8))
-    fork = get_context("fork")
-    child = fork.Process(target=lambda: cache.write(2, cache.read(0) + 9))
+    child = get_context(start).Process(target=add_nine, args=(cache,))
     child.start()
     child.join()
     assert child.exitcode == 0 and cache.read(1) is None
@@ -64,8 +68,10 @@ def test_file_has_no_name(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [] and cache.read(0).all()
 
 
-def test_disk_without_room_for_all_is_refused_and_names_both_sizes():
-    with pytest.raises(InputError, match=r"cache: takes 1000000.0 GB, but .* has .* GB left; set TMPDIR"):
+def test_disk_without_room_for_all_is_refused_at_once_and_names_both_sizes():
+    taken = SharedCache(1, 10**8)
+    assert os.fstat(taken._file.fileno()).st_blocks * 512 >= 10**8
+    with pytest.raises(InputError, match=r"cache: takes 1000000.0 GB, but .* has .* GB left .*; set TMPDIR"):
         SharedCache(10**6, 10**9)
 
 
