@@ -80,7 +80,11 @@ def test_disk_that_becomes_full_is_told_once_and_nothing_is_kept_by_halves(monke
     cache = SharedCache(3, 4)
     cache.write(0, np.arange(4, dtype=np.uint8))
 
+    pwrite = os.pwrite
+
     def full(number, values, offset):
+        if len(values) == 1:  # a mark has room
+            return pwrite(number, values, offset)
         if not short:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return len(values) - 1
