@@ -72,16 +72,15 @@ def image_rows(folder: Path, rounds: int) -> list[Row]:
         with Image.open(path) as image:
             return image.convert("RGB")
 
-    def again() -> Image.Image:
-        for _ in range(EPOCHS - 1):
+    def again() -> None:
+        for _ in range(EPOCHS):
             decode()
-        return decode()
 
     def epochs() -> torch.Tensor:
         cached = ReferringDataset(records[:1], SIZE, cache=True)
-        for _ in range(EPOCHS - 1):
-            cached.__getitems__([0])
-        return cached.__getitems__([0])[0].image
+        for _ in range(EPOCHS):
+            (item,) = cached.__getitems__([0])
+        return item.image
 
     def resize() -> object:
         return decode().resize((SIZE, SIZE), Image.Resampling.BILINEAR)

@@ -35,14 +35,7 @@ _T5 = {"t5", "mt5", "umt5"}
 # Any of these holds one, the last in sentencepiece's form.
 _VOCABULARIES = ("vocab.txt", "tokenizer.json", "spiece.model")
 # What a config writes of itself besides its architecture.
-_NOT_OPTIONS = {
-    "architectures",
-    "dtype",
-    "model_type",
-    "torch_dtype",
-    "transformers_version",
-    "vocab_size",
-}
+_NOT_OPTIONS = {"architectures", "dtype", "model_type", "torch_dtype", "transformers_version", "vocab_size"}
 
 
 class Expression(NamedTuple):
@@ -112,7 +105,7 @@ class TextEncoder(nn.Module):
         # RoBERTa and its like count their places from behind that of padding.
         padding = getattr(getattr(self.bert, "embeddings", None), "position_embeddings", None)
         padding = getattr(padding, "padding_idx", None)
-        places = getattr(self.bert.config, "max_position_embeddings", None) or -1
+        places = getattr(self.bert.config, "max_position_embeddings", -1)  # -1 is XLNet's word for no limit
         return None if places < 0 else places - (0 if padding is None else padding + 1)
 
     def forward(self, token_ids: Tensor, language_mask: Tensor) -> Expression:
@@ -173,13 +166,10 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     problem = ""
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         problem = "knows no word"
-    elif not (signs := [x for x in (tokenizer.eos_token, tokenizer.bos_token, tokenizer.cls_token) if x]):
+    elif not (tokenizer.cls_token or tokenizer.bos_token or tokenizer.eos_token):
         problem = "has no token that opens or closes a sentence"
     if problem:
         raise InputError(f"tokenizer {source}: {problem}; give the one that came with the text encoder")
-    if tokenizer.pad_token_id is None:
-        # Language models were trained without; masks say what padding is.
-        tokenizer.pad_token = signs[0]
     return tokenizer
 
 

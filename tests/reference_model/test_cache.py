@@ -1,4 +1,4 @@
-"""The shared cache: a row is read as it was written, by whoever forked; none is read half."""
+"""The shared cache: a row is read as it was written, by any process of a family; none is read half."""
 
 import errno
 import os

@@ -380,18 +380,22 @@ def test_image_encoder_refuses_what_cannot_be_built(name, options, says):
 # Text encoders
 
 TINY = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+T5 = {"d_model": 24, "d_kv": 12, "d_ff": 24, "num_layers": 2, "num_heads": 2}
 DISTIL = {"dim": 24, "n_layers": 2, "n_heads": 2, "hidden_dim": 24}
 KINDS = {
     "bert": TINY,
     "clip": {"model_type": "clip_text_model", **TINY, "max_position_embeddings": 20},
     "roberta": {"model_type": "roberta", **TINY, "max_position_embeddings": 22},
     "distilbert": {"model_type": "distilbert", **DISTIL},
-    "t5": {"model_type": "t5", "d_model": 24, "d_kv": 12, "d_ff": 24, "num_layers": 2, "num_heads": 2},
+    **{kind: {"model_type": kind, **T5} for kind in ("t5", "mt5", "umt5")},
     "gpt2": {"model_type": "gpt2", "n_embd": 24, "n_layer": 2, "n_head": 2, "n_positions": 20},
     "llama": {"model_type": "llama", **TINY, "max_position_embeddings": 20},
     "qwen2": {"model_type": "qwen2", **TINY, "num_key_value_heads": 1, "max_position_embeddings": 20},
+    # As its smallest published one, whose states are narrower than what it computes with.
+    "opt": {"model_type": "opt", "hidden_size": 24, "word_embed_proj_dim": 12, "num_hidden_layers": 2}
+    | {"num_attention_heads": 2, "ffn_dim": 24, "max_position_embeddings": 20},
 }
-CLOSING = ("clip", "t5", "gpt2", "llama", "qwen2")
+CLOSING = ("clip", "t5", "mt5", "umt5", "gpt2", "llama", "qwen2", "opt")
 
 
 def text_encoder(kind):
@@ -416,7 +420,8 @@ def test_first_token_is_the_global_cue_and_hears_every_word(kind):
     for row, word in ((0, 6), (1, 1), (2, 1)):
         other = ids.clone()
         other[row, word] = 5 + (ids[row, word] - 4) % 55
-        assert (encoder(other, mask).cue[row] - language.cue[row]).abs().max() > 1e-3
+        change = (encoder(other, mask).cue[row] - language.cue[row]).abs().max()
+        assert change > 1e-4 * language.cue[row].abs().max()  # rounding is 1e-6 of it
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -449,7 +454,7 @@ def test_clip_gives_the_state_of_the_first_eos_in_place_of_the_constant_one():
 def test_cue_is_the_state_of_the_last_token_as_transformers_gives_it_without_padding(kind):
     encoder, (ids, mask) = text_encoder(kind), sentences()
     language = encoder(ids, mask)
-    start = 1 if kind == "t5" else 0  # T5 knows no token that opens a sentence
+    start = 1 if "t5" in kind else 0  # T5 knows no token that opens a sentence
     for row, length in enumerate(mask.sum(dim=1)):
         states = encoder.bert(input_ids=ids[row : row + 1, start:length]).last_hidden_state[0]
         torch.testing.assert_close(language.cue[row], states[-1], rtol=0, atol=1e-5)
@@ -474,8 +479,10 @@ def test_options_build_a_text_encoder_again(kind):
 
 
 def test_text_encoder_takes_as_many_tokens_as_it_has_places_for():
-    assert text_encoder("t5").longest is None
-    assert text_encoder("t5")(torch.ones(1, 600).long(), torch.ones(1, 600).bool()).cue.isfinite().all()
+    xlnet = {"model_type": "xlnet", "d_model": 24, "n_layer": 1, "n_head": 2, "d_inner": 24}
+    for relative in (text_encoder("t5"), TextEncoder("unused", vocab_size=60, options=xlnet).eval()):
+        assert relative.longest is None
+        assert relative(torch.ones(1, 600).long(), torch.ones(1, 600).bool()).cue.isfinite().all()
     for kind, longest in (("bert", 512), ("clip", 20), ("roberta", 20), ("distilbert", 512), ("gpt2", 20)):
         encoder = text_encoder(kind)
         assert encoder.longest == longest
@@ -599,7 +606,7 @@ def test_folder_of_a_language_model_gives_the_states_that_it_gives(kind, tmp_pat
     names = tokenizer.convert_ids_to_tokens(tokens.token_ids[0])
     closing = ["</s>"] if kind == "t5" else []
     assert [name.strip("▁Ġ") for name in names] == (
-        [tokenizer.eos_token, "the", "red", "star", *closing] + [tokenizer.pad_token] * 3
+        [tokenizer.eos_token, "the", "red", "star", *closing] + tokenizer.convert_ids_to_tokens([0]) * 3
     )
     language = encoder(*tokens)
     for row, sentence in enumerate(("the red star", "a ring near the red star")):
@@ -626,7 +633,7 @@ def test_tokenizer_of_bytes_needs_no_file_of_words(tmp_path):
 
 def test_tokenizer_that_knows_no_padding_or_no_sign_at_all(tmp_path):
     gpt2_folder(tmp_path)
-    plain = GPT2Tokenizer.from_pretrained(tmp_path)  # not through load_tokenizer
+    plain = load_tokenizer(tmp_path)
     tokens = tokenize(plain, ["red", "the red star"])
     assert tokens.language_mask.tolist() == [[True, True, False, False], [True] * 4]
     assert tokens.token_ids[0, 2:].tolist() == [0, 0]

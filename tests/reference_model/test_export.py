@@ -106,6 +106,17 @@ def test_file_tells_other_programs_how_to_use_it(file, run):
     assert "[CLS]" in about["tokenizer"]["tokenizer.json"]
 
 
+def test_chat_template_of_a_tokenizer_is_no_part_of_the_file(run, tmp_path):
+    checkpoint = load_checkpoint(run)
+    checkpoint.model.tokenizer.chat_template = "{{ messages }}"
+    export.save_exported(checkpoint.model, tmp_path / "a.pt2", format="pt2", recipe={})
+    ids = [
+        found.tokenizer("the red star")["input_ids"]
+        for found in (export.load(tmp_path / "a.pt2"), checkpoint)
+    ]
+    assert ids[0] == ids[1]
+
+
 # ------------------------------------------------------------------------------------------------- refusals
 
 
@@ -319,8 +330,10 @@ def assert_exports(model: METRIS, out: Path, monkeypatch, longest: int) -> None:
     """Hold the program and its ONNX against the model, which has been training."""
     programs, trace = [], export.export_program
     monkeypatch.setattr(export, "export_program", lambda model: programs.append(trace(model)) or programs[0])
+    attention = model.text_encoder.bert.config._attn_implementation
     found = export.save_exported(model.train(), out, format="onnx", recipe={})
     assert found.turned == 0 and all(part.training for part in model.modules())
+    assert model.text_encoder.bert.config._attn_implementation == attention != "eager"
     onnx, run = export.load(out), programs[0].module()
     shape = onnx.model.grid, onnx.model.extent, onnx.model.device
     traced = replace(onnx, model=export.ExportedMetris(lambda given: run(*given.values()), *shape))
