@@ -10,9 +10,9 @@ import yaml
 import reference_model
 from benchmarks.baselines import on_backend
 from benchmarks.cases import DTYPES, Case, Size, draw, rows
+from reference_model.cost import multiply_adds
 from reference_model.model.build import build_metris
 from reference_model.model.config import ModelConfig
-from reference_model.model.cost import multiply_adds
 from reference_model.model.loss import MetrisLoss
 from reference_model.model.metris import METRIS
 

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.cases import DTYPES, Case, Size, Truth, require_truth
 from benchmarks.measure import event_ms, graph_of, ratio, roofline, synchronize
-from reference_model.model.cost import device_name, peak_bytes
+from reference_model.cost import device_name, peak_bytes
 
 Row = dict[str, object]
 RESULTS = Path(os.environ.get("METRIS_BENCH_RESULTS", Path(__file__).parent / "results"))

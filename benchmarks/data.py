@@ -25,16 +25,16 @@ from pycocotools import mask as coco_mask
 
 from benchmarks.measure import ratio
 from benchmarks.report import between
-from reference_model.data.collate import ReferringDataset
+from reference_model.cost import device_name, latencies
 from reference_model.data.config import ConvertConfig, DataConfig
 from reference_model.data.convert import convert
-from reference_model.data.layouts import read
+from reference_model.data.dataset import ReferringDataset
+from reference_model.data.datasets import read
 from reference_model.data.records import Record
-from reference_model.data.synthetic.config import GenerateConfig
-from reference_model.data.synthetic.export import generate
-from reference_model.model.cost import device_name, latencies
 from reference_model.scoring.curves import histogram
 from reference_model.scoring.outcome import outcome
+from reference_model.synthetic.config import GenerateConfig
+from reference_model.synthetic.generate import generate
 
 SIZE, HEIGHT, WIDTH = 480, 480, 640
 EPOCHS = 40  # the paper's

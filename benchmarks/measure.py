@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from reference_model.model.cost import latencies
+from reference_model.cost import latencies
 
 # Larger than the second-level cache of any GPU: writing it evicts what a row left there.
 _FLUSH_BYTES = 256 * 2**20

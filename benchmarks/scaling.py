@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.baselines import extractor_ways
 from metris_blocks import VisualExpressionExtractor
-from reference_model.model.cost import latencies, peak_bytes
+from reference_model.cost import latencies, peak_bytes
 
 SIZES = (225, 900, 3600, 14400)
 _LARGEST_LITERAL = 3600

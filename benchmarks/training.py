@@ -24,10 +24,10 @@ import torch
 
 from benchmarks.measure import ratio, roofline
 from benchmarks.report import between
-from reference_model.data.synthetic.config import GenerateConfig
-from reference_model.data.synthetic.export import generate
+from reference_model.cost import device_name
 from reference_model.files import written_whole
-from reference_model.model.cost import device_name
+from reference_model.synthetic.config import GenerateConfig
+from reference_model.synthetic.generate import generate
 from reference_model.training.journal import commit
 
 ROOT = Path(__file__).parents[1]

@@ -21,8 +21,8 @@ MODULES = (
     "reference_model.model.config",
     "reference_model.model.build",
     "reference_model.model.metris",
-    "reference_model.model.checkpoint",
-    "reference_model.model.export",
+    "reference_model.checkpoints.checkpoint",
+    "reference_model.checkpoints.export",
     "reference_model.viewing.predict",
 )
 _ARGUMENT = re.compile(r"^    (\w+): (\([a-z_, ]*\))( bool)?,?(.*)$", re.MULTILINE)

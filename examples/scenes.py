@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metris_blocks import PixelContrastiveLoss
-from reference_model.data.synthetic.presets import PRESETS
-from reference_model.data.synthetic.program import describe
-from reference_model.data.synthetic.render import painted_ids, picture, visible_ids
-from reference_model.data.synthetic.scene import sample_scene
-from reference_model.data.synthetic.words import VOCABULARY, sentence
 from reference_model.data.transforms import image_tensor
+from reference_model.synthetic.kinds import PRESETS
+from reference_model.synthetic.program import describe
+from reference_model.synthetic.render import painted_ids, picture, visible_ids
+from reference_model.synthetic.scene import sample_scene
+from reference_model.synthetic.words import VOCABULARY, sentence
 
 SIZE = 64
 IDS = {word: i for i, word in enumerate(["<pad>", "<end>", *sorted(VOCABULARY)])}

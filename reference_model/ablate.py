@@ -21,11 +21,11 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
+from reference_model.checkpoints.checkpoint import CONFIG, WEIGHTS
 from reference_model.configs import build, read_yaml, to_yaml
-from reference_model.data.layouts import read
+from reference_model.data.datasets import read
 from reference_model.files import InputError, refuse_unwritable, written_whole
 from reference_model.model.build import build_metris
-from reference_model.model.checkpoint import CONFIG, WEIGHTS
 from reference_model.model.config import ModelConfig
 from reference_model.scoring.config import EvaluateConfig
 from reference_model.scoring.evaluate import evaluate

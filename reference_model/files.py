@@ -2,6 +2,7 @@
 
 import errno
 import os
+import reprlib
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -83,3 +84,21 @@ def _flush(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def shown(value: object) -> str:
+    """Print any value on one short line."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # an integer beyond Python's limit of printed digits
+        return f"a huge {type(value).__name__}"
+
+
+def printable(text: str) -> str:
+    """Write out what a terminal would act on: line ends, escape sequences, turns of direction."""
+    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in text)
+
+
+def one_line(error: BaseException) -> str:
+    """Print what an exception says on one short line, or its type where it says nothing."""
+    return " ".join(str(error).split())[:160] or type(error).__name__

@@ -13,12 +13,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from reference_model.configs import build, preset_file, preset_names, read_yaml
+from reference_model.cost import device_name, latencies, multiply_adds, peak_bytes
 from reference_model.files import InputError
 from reference_model.model.build import build_metris
-from reference_model.model.checkpoint import pick_device
 from reference_model.model.config import ModelConfig, ProfileConfig
-from reference_model.model.cost import device_name, latencies, multiply_adds, peak_bytes
 from reference_model.model.metris import METRIS
+from reference_model.processes import pick_device
 
 Rows = list[dict[str, Any]]
 _filled = partial(textwrap.fill, width=110)

@@ -16,36 +16,38 @@ EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
 FILES = [*LIBRARY, *MODEL, *BENCHMARKS, *EXAMPLES]
 OURS = {"metris_blocks", "reference_model", "benchmarks", "examples", "tests"}
 
-OP_STEMS = sorted({path.stem for path in (ROOT / "metris_blocks/ops").glob("*.py")} - {"__init__", "shapes"})
+SHARED_BY_OPS = {"__init__", "shapes", "masks"}
+OP_STEMS = sorted({path.stem for path in (ROOT / "metris_blocks/ops").glob("*.py")} - SHARED_BY_OPS)
 BLOCK_STEMS = sorted({path.stem for path in (ROOT / "metris_blocks").glob("*.py")} - {"__init__", "layers"})
 
-OPS = ("metris_blocks.ops",)
-LAYERS = (*OPS, "metris_blocks.layers")
+LAYERS = ("metris_blocks.ops", "metris_blocks.layers")
 BLOCKS = tuple(f"metris_blocks.{stem}" for stem in BLOCK_STEMS if stem != "extractor")
 
-# model | data <- scoring <- training | viewing <- cli, ablate, app, info, profile; figures <- viewing. Rooms
-# beside a bar do not know each other; files and configs are known to all.
-_BELOW = {
+# Of reference_model: room or file -> the rooms and files that it may import, itself and PLAIN apart.
+PLAIN = ("files", "configs", "presets")
+BELOW: dict[str, tuple[str, ...]] = {
     "files": (),
     "configs": (),
-    "model": (),
-    "data": (),
-    "scoring": ("model", "data"),
-    "training": ("scoring", "model", "data"),
-    "figures": (),
-    "viewing": ("scoring", "model", "data", "figures"),
     "presets": (),
+    "processes": (),
+    "tokens": (),
+    "cost": (),
+    "model": ("tokens", "checkpoints"),  # METRIS.from_pretrained, about to leave
+    "data": ("tokens", "processes"),
+    "figures": (),
 }
-_ROOMS = tuple(_BELOW)
-_TOP = {
-    "ablate": (),
-    "app": (),
-    "completion": ("cli",),
-    "info": (),
-    "profile": (),
-    "cli": ("ablate", "app", "info", "profile"),
-    "__main__": ("cli",),
-}
+BELOW["checkpoints"] = ("model", "data", "tokens", "processes")
+BELOW["synthetic"] = ("data",)
+BELOW["scoring"] = ("checkpoints", *BELOW["checkpoints"])
+BELOW["training"] = ("scoring", "cost", *BELOW["scoring"])
+BELOW["viewing"] = ("scoring", "figures", *BELOW["scoring"])
+BELOW["profile"] = ("model", "cost", "processes")
+BELOW["info"] = ("scoring", "viewing")
+BELOW["app"] = ("viewing", "synthetic", "training", *BELOW["viewing"])
+BELOW["ablate"] = ("training", "viewing", *BELOW["viewing"])
+BELOW["completion"] = ("cli", "viewing")
+BELOW["cli"] = tuple(BELOW)
+BELOW["__main__"] = ("cli",)
 
 
 def allowed(path: Path) -> tuple[str, ...]:
@@ -58,19 +60,15 @@ def allowed(path: Path) -> tuple[str, ...]:
         return ("metris_blocks", "reference_model" if parts[1] == "scenes" else "examples.scenes")
     if parts[0] == "metris_blocks":
         if parts[1] == "ops":
-            return OPS
+            return ("metris_blocks.ops",)
         if parts[1] == "__init__":
             return (*BLOCKS, "metris_blocks.extractor")
-        return {"layers": OPS, "extractor": (*LAYERS, *BLOCKS)}.get(parts[1], LAYERS)
-    room = parts[1]
-    if room == "__init__":
-        return ("metris_blocks", "reference_model")
-    if room in _TOP:
-        inside = (*_ROOMS, *_TOP[room])
-    else:
-        assert room in _BELOW, f"{path.relative_to(ROOT)}: no room of this name in HOUSE's table"
-        inside = (room, *_BELOW[room], "files", *(["configs"] if room != "files" else []))
-    return ("metris_blocks", *(f"reference_model.{name}" for name in inside))
+        return {"layers": LAYERS[:1], "extractor": (*LAYERS, *BLOCKS)}.get(parts[1], LAYERS)
+    if parts[1] == "__init__":
+        return ("reference_model",)
+    assert parts[1] in BELOW, f"{relative(path)}: no room of this name in the table BELOW"
+    rooms = (parts[1], *BELOW[parts[1]], *(PLAIN if parts[1] != "files" else ()))
+    return ("metris_blocks", *(f"reference_model.{room}" for room in rooms))
 
 
 def imports(path: Path, *, module_level: bool = False) -> Iterator[str]:
@@ -105,6 +103,10 @@ def relative(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+def dotted(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
 def loaded_by(statement: str) -> set[str]:
     """Top-level modules in a fresh process after ``statement``."""
     probe = f"import sys\n{statement}\nprint('LOADED', *{{name.split('.')[0] for name in sys.modules}})"
@@ -115,49 +117,64 @@ def loaded_by(statement: str) -> set[str]:
 # ------------------------------------------------------------------------------------------ who imports whom
 
 
-@pytest.mark.parametrize("path", FILES, ids=relative)
-def test_imports_point_inward(path):
-    may = allowed(path)
-    for name in imports(path):
-        if name.split(".")[0] in OURS:
-            assert any(name == ok or name.startswith(ok + ".") for ok in may), f"{relative(path)} -> {name}"
+def test_no_import_runs_up():
+    offenders = []
+    for path in FILES:
+        may = allowed(path)
+        for name in imports(path):
+            inside = any(name == ok or name.startswith(ok + ".") for ok in may)
+            if name.split(".")[0] in OURS and not inside:
+                offenders.append(f"{relative(path)} -> {name}")
+    assert offenders == []
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=relative)
-def test_library_needs_torch_and_einops_only(path):
-    optional = {"xformers", "triton"} if "backends" in path.parts else set()
-    assert outside(path) <= {"torch", "einops"} | optional
-    # Optional kernels are imported where they run, never where a file is read: but for these, read when run.
-    kernels = {"triton"} if path.parent.name == "kernels" else set()
-    assert outside(path, module_level=True) <= {"torch", "einops"} | kernels
+@pytest.mark.xfail(strict=True, reason="METRIS.from_pretrained, about to leave model/")
+def test_no_imports_run_in_a_circle():
+    ours = {dotted(path): path for path in FILES}
+    waiting = {name: {other for other in imports(path) if other in ours} for name, path in ours.items()}
+    # A package's own __init__ is run by whoever imports from the package, which makes no circle by itself.
+    waiting = {name: others - {name} for name, others in waiting.items()}
+    # Take away those at the bottom and those at the top, until only circles stay.
+    while ready := [
+        name
+        for name, others in waiting.items()
+        if not others & waiting.keys() or not any(name in others for others in waiting.values())
+    ]:
+        for name in ready:
+            del waiting[name]
+    assert sorted(waiting) == [], "each of these imports itself through others"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "metris_blocks/ops/backends").glob("*.py")), ids=relative)
-def test_backends_do_not_know_each_other(path):
-    others = {f"metris_blocks.ops.backends.{p.stem}" for p in path.parent.glob("*.py") if p != path}
-    assert not others & set(imports(path))
+def test_packages_stay_in_their_rooms():
+    offenders = []
 
+    def refuse(path: Path, packages: set[str], why: str) -> None:
+        offenders.extend(f"{relative(path)} imports {package}: {why}" for package in sorted(packages))
 
-@pytest.mark.parametrize("path", [*MODEL, *BENCHMARKS], ids=relative)
-def test_optional_kernels_stay_behind_the_backends(path):
-    assert not {"xformers", "triton"} & outside(path)
-
-
-@pytest.mark.parametrize("path", BENCHMARKS, ids=relative)
-def test_encoders_stay_in_the_reference_model(path):
-    assert not {"timm", "transformers"} & outside(path)
+    for path in LIBRARY:
+        optional = {"xformers", "triton"} if "backends" in path.parts else set()
+        refuse(path, outside(path) - {"torch", "einops"} - optional, "the library needs torch and einops")
+        # Optional kernels are imported where they run, never where a file is read: but for these.
+        kernels = {"triton"} if path.parent.name == "kernels" else set()
+        refuse(path, outside(path, module_level=True) & optional - kernels, "imported where it runs")
+    backends = sorted((ROOT / "metris_blocks/ops/backends").glob("*.py"))
+    for path in backends:
+        others = {dotted(other) for other in backends if other != path and other.stem != "opaque"}
+        refuse(path, others & set(imports(path)), "backends do not know each other")
+    for path in (*MODEL, *BENCHMARKS):
+        refuse(path, {"xformers", "triton"} & outside(path), "kernels stay behind the backends")
+    for path in BENCHMARKS:
+        refuse(path, {"timm", "transformers"} & outside(path), "encoders stay in the reference model")
+    refuse(
+        oracle := ROOT / "tests/support/paper.py", outside(oracle) - {"torch"}, "the oracle needs torch alone"
+    )
+    assert offenders == []
 
 
 def test_no_file_of_a_room_has_the_name_of_a_room_or_of_a_command():
-    """So that a name says where to look: the command app is served by viewing/web_page.py."""
-    names = {*_ROOMS, *_TOP} - {"__main__", "presets"}  # presets holds no code
-    assert [
-        relative(path) for path in MODEL if len(path.parts) > len(ROOT.parts) + 2 and path.stem in names
-    ] == []
-
-
-def test_oracle_needs_torch_alone():
-    assert set(imports(ROOT / "tests/paper.py")) - sys.stdlib_module_names == {"torch"}
+    """So that a name says where to look: the command app is served by app/page.py."""
+    inside = [path for path in MODEL if path.parent != ROOT / "reference_model"]
+    assert [relative(path) for path in inside if path.stem in BELOW.keys() - {"__main__", "presets"}] == []
 
 
 # ------------------------------------------------------------------------------------------- what loads what
@@ -170,45 +187,48 @@ def test_importing_the_library_loads_no_kernels_and_no_encoders():
 
 
 def test_config_files_load_without_torch():
-    configs = [
-        ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        for path in MODEL
-        if path.stem in ("config", "configs")
-    ]
-    assert configs, "HOUSE: each room keeps its dataclasses in its own config.py"
-    for config in configs:
-        assert "torch" not in loaded_by(f"import {config}"), f"import {config} loads torch"
+    configs = [dotted(path) for path in MODEL if path.stem in ("config", "configs")]
+    assert configs, "each room keeps its dataclasses in its own config.py"
+    assert "torch" not in loaded_by("; ".join(f"import {config}" for config in configs))
 
 
 # ----------------------------------------------------------------------------------------- one stem, one room
 
 
-@pytest.mark.parametrize("stem", BLOCK_STEMS)
-def test_every_block_has_a_test_that_compiles_it_and_a_benchmark(stem):
-    assert "assert_compiles_once(" in (ROOT / "tests/blocks" / f"test_{stem}.py").read_text()
-    # A guidance set is torch.cat: there is nothing to be faster than.
-    assert stem == "guidance" or (ROOT / "benchmarks" / f"bench_{stem}.py").exists()
+def test_every_stem_has_its_tests_and_its_benchmark():
+    lacking = []
+
+    def ask(path: str, *signs: str) -> None:
+        file = ROOT / path
+        text = file.read_text() if file.exists() else ""
+        lacking.extend(
+            f"{path}: {sign}" for sign in signs or ("is missing",) if not file.exists() or sign not in text
+        )
+
+    for stem in BLOCK_STEMS:
+        ask(f"tests/blocks/test_{stem}.py", "assert_compiles_once(")
+        if stem not in (
+            "guidance",
+            "cue",
+        ):  # torch.cat, and a row or a mean: there is nothing to be faster than
+            ask(f"benchmarks/bench_{stem}.py", "def bench_")
+    for stem in OP_STEMS:
+        groups = ("from tests", "@given", "gradcheck(", "assert_compiles_once(", "pytest.raises(")
+        ask(f"tests/ops/test_{stem}.py", *groups)
+        ask(f"benchmarks/bench_{stem}.py", "def bench_")
+    assert lacking == []
 
 
-@pytest.mark.parametrize("stem", OP_STEMS)
-def test_every_op_has_a_test_and_a_benchmark(stem):
-    assert (ROOT / "tests/ops" / f"test_{stem}.py").exists()
-    assert (ROOT / "benchmarks" / f"bench_{stem}.py").exists()
-
-
-@pytest.mark.parametrize("stem", OP_STEMS)
-def test_every_op_is_tested_in_five_groups(stem):
-    text = (ROOT / "tests/ops" / f"test_{stem}.py").read_text()
-    for sign in ("from tests", "@given", "gradcheck(", "assert_compiles_once(", "pytest.raises("):
-        assert sign in text, f"tests/ops/test_{stem}.py lacks {sign}"
-
-
-@pytest.mark.parametrize("room", ["metris_blocks", "metris_blocks.ops"])
-def test_public_names_are_listed_documented_and_tested(room):
-    module = __import__(room, fromlist=["__all__"])
+def test_public_names_are_listed_documented_and_tested():
     tests = "".join(
         path.read_text() for path in (ROOT / "tests").rglob("test_*.py") if path != Path(__file__)
     )
-    for name in module.__all__:
-        assert getattr(module, name).__doc__, f"{room}.{name} has no docstring"
-        assert name in tests or name.startswith(("Curation", "VisualExpression")), f"{name} has no test"
+    lacking = []
+    for room in ("metris_blocks", "metris_blocks.ops"):
+        module = __import__(room, fromlist=["__all__"])
+        for name in module.__all__:
+            if not getattr(module, name).__doc__:
+                lacking.append(f"{room}.{name} has no docstring")
+            if name not in tests and not name.startswith(("Curation", "VisualExpression")):
+                lacking.append(f"{room}.{name} has no test")
+    assert lacking == []

@@ -19,9 +19,9 @@ from benchmarks.cases import Case, require_truth
 from metris_blocks import VisualExpressionExtractor
 from metris_blocks.layers import MultiHeadAttention
 from metris_blocks.ops import top_r_mask
-from tests import paper
 from tests.conftest import assert_equal
-from tests.strategies import normal
+from tests.support import paper
+from tests.support.strategies import normal
 
 B, L, N, C, D, HEADS, RATIO = 2, 3, 7, 6, 4, 2, 0.4
 ROOT = Path(__file__).parents[1]

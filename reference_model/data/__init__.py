@@ -1,1 +1,1 @@
-"""From files on disk to batches: readers, transforms, collation, and the synthetic generator."""
+"""From files on disk to batches: readers, transforms, collation."""

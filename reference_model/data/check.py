@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 from reference_model.data.config import CheckConfig
 from reference_model.data.convert import made_of
+from reference_model.data.datasets import read
 from reference_model.data.images import Folders, image_size, open_image
-from reference_model.data.layouts import read
-from reference_model.data.reader import Reader
+from reference_model.data.readers.reader import Reader
+from reference_model.data.readers.shards import by_ref
 from reference_model.data.records import Record
-from reference_model.data.shards import by_ref
 from reference_model.files import InputError
 
 EXAMPLES = 5

@@ -14,13 +14,20 @@ from typing import Any
 from tqdm import tqdm
 
 from reference_model.data.config import ConvertConfig, DataConfig
-from reference_model.data.hub import Hub
-from reference_model.data.layouts import read
-from reference_model.data.plain import note_beside, note_of, plain_path, read_bytes
-from reference_model.data.reader import Reader
+from reference_model.data.datasets import read
+from reference_model.data.readers.parquet import Hub
+from reference_model.data.readers.reader import Reader
+from reference_model.data.readers.shards import (
+    Shards,
+    ShardWriter,
+    by_ref,
+    image_suffix,
+    plain_ids,
+    plain_mask,
+)
 from reference_model.data.records import Record
-from reference_model.data.shards import Shards, ShardWriter, by_ref, image_suffix, plain_ids, plain_mask
 from reference_model.data.splits import CATEGORIES, LISTS, lists_of
+from reference_model.data.untrusted import note_beside, note_of, plain_path, read_bytes
 from reference_model.files import InputError, written_whole
 
 GENERATED = "generated.json"

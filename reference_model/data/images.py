@@ -13,8 +13,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from reference_model.data.plain import one_line
-from reference_model.files import InputError
+from reference_model.files import InputError, one_line
 
 IMAGE_FOLDERS = (
     "images/train2014",

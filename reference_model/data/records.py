@@ -8,8 +8,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from reference_model.data.images import Overlaps, open_mask
-from reference_model.data.plain import shown
-from reference_model.files import InputError
+from reference_model.files import InputError, shown
 
 LONGEST_SIDE = 20_000
 MOST_PIXELS = 89_478_485  # Pillow's own limit

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from reference_model.data.plain import note_beside, plain_list, read_plain_json, shown
-from reference_model.files import InputError
+from reference_model.data.untrusted import note_beside, plain_list, read_plain_json
+from reference_model.files import InputError, shown
 
 SEEN = (
     1, 2, 3, 4, 7, 8, 9, 15, 16, 19, 20, 23, 24, 25, 27, 31, 33, 34, 35, 38, 42, 44, 48, 50, 51, 52, 53, 54,

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from reference_model.data.collate import Batch, Item, ReferringDataset, outlive_sigterm
+from reference_model.data.collate import Batch
+from reference_model.data.dataset import Item, ReferringDataset
+from reference_model.data.readers.shards import Shards, webdataset
 from reference_model.data.records import Record
-from reference_model.data.shards import Shards, webdataset
 from reference_model.files import InputError
+from reference_model.processes import outlive_sigterm
 
 
 class ShardedDataset(IterableDataset[list[Item]]):

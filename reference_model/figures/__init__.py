@@ -12,7 +12,7 @@ from reference_model.figures.curves import (
 from reference_model.figures.embeddings import Embeddings, embedding_map, positions, silhouette
 from reference_model.figures.masks import comparison, marked, tinted
 from reference_model.figures.style import COLOURS, COLUMN, PAGE, TRUTH, save
-from reference_model.figures.tokens import (
+from reference_model.figures.token_maps import (
     attention_sums,
     attention_to_words,
     curated_tokens,

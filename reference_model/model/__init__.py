@@ -1,1 +1,1 @@
-"""The network: image encoder, text encoder, extractor, mask decoder, loss, checkpoint."""
+"""The network: encoders, guidance, mask decoder, loss."""

@@ -89,23 +89,6 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class PushConfig:
-    """Upload a checkpoint to the Hugging Face Hub, with a model card, and print its URL.
-
-    The one command that needs a network, and a token that may write: that of ``hf auth login``.
-    """
-
-    checkpoint: Path
-    """Folder that train wrote."""
-    repo: str
-    """OWNER/NAME on the Hub, made where it is not there; without OWNER the token's own."""
-    private: bool = False
-    """Make it private; refuses a public one that is there."""
-    json: bool = False
-    """Print JSON instead of a line."""
-
-
-@dataclass(frozen=True)
 class ProfileConfig:
     """Print parameters, GMACs, latency and peak memory of the model, part by part.
 

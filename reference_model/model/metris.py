@@ -116,7 +116,8 @@ class METRIS(nn.Module):
         Raises:
             InputError: The checkpoint cannot be had, is broken, or does not fit its config.
         """
-        from reference_model.model import checkpoint, sharing
+        from reference_model.checkpoints import checkpoint
+        from reference_model.checkpoints import hub as sharing
 
         folder = sharing.fetch(
             source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
@@ -125,7 +126,7 @@ class METRIS(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a checkpoint with a model card, whole or not at all; as `sharing.save`."""
-        from reference_model.model import sharing
+        from reference_model.checkpoints import hub as sharing
 
         sharing.save(self, Path(folder))
 
@@ -138,7 +139,7 @@ class METRIS(nn.Module):
         commit_message: str = "Upload METRIS",
     ) -> str:
         """Upload a checkpoint with a model card to the Hugging Face Hub; as `sharing.push`."""
-        from reference_model.model import sharing
+        from reference_model.checkpoints import hub as sharing
 
         return sharing.push(self, repo_id, private=private, token=token, commit_message=commit_message)
 

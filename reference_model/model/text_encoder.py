@@ -1,12 +1,8 @@
 """Text encoder: last hidden states of BERT, CLIP's text tower, T5, GPT and their kin, and the tokenizer."""
 
 import inspect
-import json
 import pickle
-from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
-from string import ascii_lowercase, digits, punctuation
 from typing import Any, NamedTuple
 
 import torch
@@ -20,20 +16,15 @@ from transformers import (
     MODEL_FOR_TEXT_ENCODING_MAPPING,
     MODEL_MAPPING,
     AutoConfig,
-    AutoTokenizer,
-    BertTokenizer,
-    CLIPTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from reference_model.files import InputError
+from reference_model.tokens import _no_weights
 
 # Encoders without a causal mask whose tokenizers put nothing before a sentence.
 _T5 = {"t5", "mt5", "umt5"}
-# Any of these holds one, the last in sentencepiece's form.
-_VOCABULARIES = ("vocab.txt", "tokenizer.json", "spiece.model")
 # What a config writes of itself besides its architecture.
 _NOT_OPTIONS = {"architectures", "dtype", "model_type", "torch_dtype", "transformers_version", "vocab_size"}
 
@@ -132,80 +123,6 @@ class TextEncoder(nn.Module):
         return Expression(states, states[:, 0], language_mask)
 
 
-def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a text encoder from a folder, or by name through transformers.
-
-    A folder that does not say whose it is is CLIP's with vocab.json and merges.txt, else BERT's.
-
-    Raises:
-        InputError: There is none, or none that fits a text encoder.
-    """
-    folder = Path(source)
-    if isinstance(source, Path) and not folder.is_dir():
-        raise InputError(f"tokenizer {source}: no such folder; give the one with vocab.txt or tokenizer.json")
-    kind: Any = AutoTokenizer
-    if folder.is_dir():
-        # Without a vocabulary transformers gives a tokenizer that knows no word and says nothing.
-        clip = all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
-        said = _json(folder / "tokenizer_config.json").get("tokenizer_class")
-        # ByT5's knows the bytes, and has no file for them.
-        files = clip or said == "ByT5Tokenizer" or any((folder / name).is_file() for name in _VOCABULARIES)
-        if not files:
-            raise InputError(
-                f"tokenizer {source}: has neither {' nor '.join(_VOCABULARIES)}, nor vocab.json with "
-                "merges.txt; copy one there"
-            )
-        if not (said or _json(folder / "config.json").get("model_type")):
-            kind = CLIPTokenizer if clip else BertTokenizer
-    try:
-        # Never code that came with a tokenizer, nor a question whether to run it.
-        options = {"local_files_only": folder.is_dir(), "trust_remote_code": False}
-        tokenizer = kind.from_pretrained(str(source), **options)
-    except Exception as error:
-        raise InputError(_no_weights("tokenizer", source, error)) from error
-    problem = ""
-    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
-        problem = "knows no word"
-    elif not (tokenizer.cls_token or tokenizer.bos_token or tokenizer.eos_token):
-        problem = "has no token that opens or closes a sentence"
-    if problem:
-        raise InputError(f"tokenizer {source}: {problem}; give the one that came with the text encoder")
-    return tokenizer
-
-
-def article_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Give the ids of the words a, an and the, as far as the vocabulary has them whole."""
-    ids: list[int] = []
-    for word in ("a", "an", "the"):
-        # Byte-level vocabularies such as RoBERTa's have another entry for a word behind a space.
-        for text in (word, f" {word}"):
-            pieces = tokenizer(text, add_special_tokens=False)["input_ids"]
-            if len(pieces) == 1 and pieces[0] not in (tokenizer.unk_token_id, *ids):
-                ids += pieces
-    return ids
-
-
-def build_tokenizer(sentences: Iterable[str], *, max_words: int = 30000) -> BertTokenizer:
-    """Make a WordPiece tokenizer from sentences: their commonest words, and letters to spell the others with.
-
-    The same sentences give the same ids, whatever their order.
-    """
-    signs = [*ascii_lowercase, *digits]
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    pieces += [*punctuation, *signs, *(f"##{sign}" for sign in signs)]
-    spelling = _tokenizer_of(pieces).backend_tokenizer
-    words: Counter[str] = Counter()
-    for sentence in sentences:
-        normal = spelling.normalizer.normalize_str(sentence)
-        words.update(word for word, _ in spelling.pre_tokenizer.pre_tokenize_str(normal))
-    common = sorted(words, key=lambda word: (-words[word], word))[:max_words]
-    return _tokenizer_of([*pieces, *common])
-
-
-def _tokenizer_of(pieces: list[str]) -> BertTokenizer:
-    return BertTokenizer(vocab={piece: i for i, piece in enumerate(dict.fromkeys(pieces))})
-
-
 def _fetched(name: str, folder: Path | None) -> PreTrainedModel:
     source = name if folder is None else str(folder)
     if folder is not None and not (folder / "config.json").is_file():
@@ -288,17 +205,3 @@ def _stack(model: PreTrainedModel) -> PreTrainedModel:
     if not _fills_gaps(model.config):
         model.config.use_cache = False
     return model
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; {} where there is none: whoever needs it will say so."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _no_weights(what: str, source: str | Path, error: Exception) -> str:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return f"{what} {source}: cannot be loaded ({reason}); give a local folder, or leave pretrained off"

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from reference_model.data.reader import OnError, Reader
+from reference_model.data.readers.reader import OnError, Reader
 from reference_model.data.records import Record, segmentation_mask
 from reference_model.data.transforms import resize_mask
 from reference_model.files import InputError
+from reference_model.processes import anywhere
 from reference_model.scoring.evaluator import Scored, Scores, computed
 from reference_model.scoring.metrics import SegmentationMetrics
-from reference_model.scoring.processes import anywhere
 from reference_model.scoring.protocols import Protocol
 
 MOST_MASKS = 2000

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from reference_model.data.plain import plain_field, shown
-from reference_model.files import InputError
+from reference_model.data.untrusted import plain_field
+from reference_model.files import InputError, shown
 from reference_model.scoring.bootstrap import interval, resampled_sums, two_sided_p
 from reference_model.scoring.config import CompareConfig
 from reference_model.scoring.outcome import Outcome, scores, tally

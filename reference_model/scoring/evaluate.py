@@ -5,45 +5,33 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from reference_model.data.collate import report_overlong
+from reference_model.checkpoints.checkpoint import load_checkpoint
 from reference_model.data.convert import made_of
-from reference_model.data.layouts import read
-from reference_model.data.plain import read_plain_json, shown
-from reference_model.data.reader import Reader
+from reference_model.data.datasets import read
+from reference_model.data.readers.reader import Reader, Stream
 from reference_model.data.records import Record
-from reference_model.files import InputError, refuse_unwritable, written_whole
-from reference_model.model.checkpoint import load_checkpoint
+from reference_model.data.untrusted import read_plain_json
+from reference_model.files import InputError, refuse_unwritable, shown, written_whole
+from reference_model.processes import joined, place
 from reference_model.scoring.baselines import Baselines, evenly, mean_mask_baseline
 from reference_model.scoring.breakdowns import Breakdown
 from reference_model.scoring.config import EvaluateConfig
 from reference_model.scoring.curves import Curve, PrecisionRecall
 from reference_model.scoring.evaluator import Evaluator, ImageGroups, Scores, computed
+from reference_model.scoring.gather import Rows, Seen, _refuse_repeated, gathered
 from reference_model.scoring.metrics import SegmentationMetrics
 from reference_model.scoring.metris_predictor import MetrisPredictor
-from reference_model.scoring.outcome import Outcome
 from reference_model.scoring.predictors import CallablePredictor, FilePredictor, Predictor, callable_from
-from reference_model.scoring.processes import joined, place
 from reference_model.scoring.protocols import PROTOCOLS, Protocol
 from reference_model.scoring.results import Predictions, result_line
 from reference_model.scoring.table import score_table
-
-
-@dataclass(frozen=True)
-class Stream:
-    """A split whose records are never listed."""
-
-    reader: Reader
-    split: str
-
-    def __iter__(self) -> Iterator[Record]:
-        return self.reader.stream(self.split)
+from reference_model.tokens import report_overlong
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, dict[str, Scores]]:
@@ -127,66 +115,6 @@ def _evaluate(
     return found
 
 
-class Seen(NamedTuple):
-    """What is told of one sentence, and can be sent from process to process."""
-
-    record: Record
-    outcome: Outcome
-    threshold: float | None
-    line: str | None
-    """Of the file of results, if there is to be one."""
-
-
-def gathered(seen: Iterable[Seen]) -> Iterator[Seen]:
-    """Yield what one process sees as it comes; of several, each yields what all of them saw.
-
-    Of several, a split is held without its images and masks, and a stream comes out in the order of images.
-
-    Raises:
-        InputError: That of any process, in all of them.
-    """
-    _, processes = place()
-    if processes == 1:
-        yield from seen
-        return
-    error, light = None, []
-    try:
-        light = [one._replace(record=replace(one.record, image=b"", segmentation=[])) for one in seen]
-    except InputError as failed:
-        error = str(failed)
-    parts: list[tuple[str | None, list[Seen]]] = [(None, [])] * processes
-    dist.all_gather_object(parts, (error, light))
-    for said, _ in parts:
-        if said is not None:  # all end in good order, with the same line
-            raise InputError(said)
-    # One after the other as one process has listed records: an image is with one of them.
-    every = [one for _, part in parts for one in part]
-    yield from sorted(every, key=lambda one: (one.record.image_id, one.record.ref_id))
-
-
-class Rows:
-    """Lines of results, a line for each sentence of a run: parts of a split that was scored add none."""
-
-    def __init__(self, file: TextIO) -> None:
-        self.file = file
-        self._before: set[tuple[str, int]] = set()
-        self._here: set[tuple[str, int]] = set()
-
-    def begin(self) -> None:
-        """Begin a further split, or part of one."""
-        self._before |= self._here
-        self._here = set()
-
-    def add(self, record: Record, line: str) -> None:
-        """Write a sentence; raises where the split has its sent_id twice."""
-        key = (record.split, record.sent_id)
-        if key in self._here:
-            raise _repeated(record)
-        self._here.add(key)
-        if key not in self._before:
-            self.file.write(line)
-
-
 def _scored(
     config: EvaluateConfig,
     protocol: Protocol,
@@ -246,23 +174,6 @@ def _asked(reader: Reader, protocol: Protocol, split: str, records: Iterable[Rec
     return sum(map(len, ImageGroups(records, protocol)))
 
 
-def _refuse_repeated(splits: dict[str, Iterable[Record]]) -> None:
-    """Refuse to write results of a split with two sentences of one number; a stream is seen as it goes."""
-    for records in splits.values():
-        seen: set[tuple[str, int]] = set()
-        for record in records if isinstance(records, Sequence) else ():
-            if (record.split, record.sent_id) in seen:
-                raise _repeated(record)
-            seen.add((record.split, record.sent_id))
-
-
-def _repeated(record: Record) -> InputError:
-    return InputError(
-        f"results: sent_id {record.sent_id} of split {record.split} ({shown(record.expression)}) is that of "
-        "several sentences, and lines of results go by it; number them afresh, see metris data check"
-    )
-
-
 def _checked(config: EvaluateConfig) -> Protocol:
     """Refuse values out of their range, and give the protocol."""
     given = [key for key in ("checkpoint", "model", "predictions") if getattr(config, key) is not None]
@@ -320,7 +231,9 @@ def _predictor(
                 file.refuse_missing([record for group in ImageGroups(records, protocol) for record in group])
         return config.predictions.name, FilePredictor(file, config.data.on_error)
     checkpoint = load_checkpoint(config.checkpoint, device=device)
-    listed = [record for found in splits.values() if isinstance(found, Sequence) for record in found]
+    listed = [
+        record.expression for found in splits.values() if isinstance(found, Sequence) for record in found
+    ]
     if listed and place()[0] == 0:
         report_overlong(checkpoint.tokenizer, listed, checkpoint.config.max_tokens)
     return "METRIS", MetrisPredictor(

@@ -11,16 +11,16 @@ import numpy as np
 import torch.distributed as dist
 from tqdm import tqdm
 
-from reference_model.data.reader import OnError
+from reference_model.data.readers.reader import OnError
 from reference_model.data.records import Record, segmentation_defect
 from reference_model.data.transforms import resize_mask
 from reference_model.files import InputError
+from reference_model.processes import place, running
 from reference_model.scoring.answers import resized
 from reference_model.scoring.curves import PrecisionRecall
 from reference_model.scoring.metrics import SegmentationMetrics
 from reference_model.scoring.outcome import Outcome
 from reference_model.scoring.predictors import Predictor
-from reference_model.scoring.processes import place, running
 from reference_model.scoring.protocols import PROTOCOLS, Protocol
 
 Scores = dict[str, Any]

@@ -11,14 +11,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
-from reference_model.data.collate import outlive_sigterm, tokenize
-from reference_model.data.reader import OnError
+from reference_model.data.readers.reader import OnError
 from reference_model.data.records import Record
 from reference_model.data.transforms import image_pixels, normalized
 from reference_model.model.metris import METRIS, MetrisOutput
+from reference_model.processes import outlive_sigterm
 from reference_model.scoring.answers import Answer, resized
 from reference_model.scoring.predictors import Answers, Groups, opened
 from reference_model.scoring.protocols import PROTOCOLS
+from reference_model.tokens import tokenize
 
 
 class Prediction(NamedTuple):

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from reference_model.data.images import open_image
-from reference_model.data.reader import OnError
+from reference_model.data.readers.reader import OnError
 from reference_model.data.records import Record
 from reference_model.files import InputError
 from reference_model.scoring.answers import Answer

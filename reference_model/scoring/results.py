@@ -17,9 +17,9 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from reference_model.data.images import open_binary
-from reference_model.data.plain import listing, plain_field, shown
 from reference_model.data.records import Record, segmentation_mask
-from reference_model.files import InputError
+from reference_model.data.untrusted import listing, plain_field
+from reference_model.files import InputError, shown
 from reference_model.scoring.outcome import Outcome
 from reference_model.scoring.protocols import PROTOCOLS, Protocol
 

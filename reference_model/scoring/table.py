@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from reference_model.data.plain import printable
+from reference_model.files import printable
 
 _PRECISIONS = tuple(f"P@0.{tenths}" for tenths in (5, 6, 7, 8, 9))
 _COLUMNS = ("mIoU", "oIoU", *_PRECISIONS, "AUC-PR", "gIoU", "cIoU", "N-acc", "T-acc")

@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
+from reference_model.cost import device_name
 from reference_model.files import written_whole
-from reference_model.model.cost import device_name
 
 T = TypeVar("T")
 

@@ -13,7 +13,8 @@ from reference_model.data.collate import Batch
 from reference_model.data.transforms import normalized
 from reference_model.model.loss import Losses, MetrisLoss
 from reference_model.model.metris import METRIS
-from reference_model.training import scale, state
+from reference_model.training import distributed as scale
+from reference_model.training import state
 from reference_model.training.config import TrainConfig
 from reference_model.training.objective import Objective
 from reference_model.training.schedule import adamw

@@ -19,13 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from reference_model.configs import build, read_yaml, to_yaml
-from reference_model.data.collate import Batch
-from reference_model.data.convert import generated_note
-from reference_model.data.records import Record
-from reference_model.data.streaming import ShardedLoader
-from reference_model.files import InputError, refuse_unwritable, written_whole
-from reference_model.model.checkpoint import (
+from reference_model.checkpoints.checkpoint import (
     CONFIG,
     GENERATED,
     WEIGHTS,
@@ -33,16 +27,23 @@ from reference_model.model.checkpoint import (
     start_checkpoint,
     step_of_weights,
 )
+from reference_model.configs import build, read_yaml, to_yaml
+from reference_model.data.collate import Batch
+from reference_model.data.convert import generated_note
+from reference_model.data.readers.reader import Stream
+from reference_model.data.records import Record
+from reference_model.data.sampler import ImageGroupedSampler
+from reference_model.data.streaming import ShardedLoader
+from reference_model.files import InputError, refuse_unwritable, written_whole
 from reference_model.model.loss import Losses
 from reference_model.model.metris import METRIS
-from reference_model.scoring.evaluate import Stream
 from reference_model.scoring.evaluator import Evaluator
 from reference_model.scoring.metris_predictor import MetrisPredictor
-from reference_model.training import scale, state
+from reference_model.training import distributed as scale
+from reference_model.training import state
 from reference_model.training.config import RESOURCES, TrainConfig
 from reference_model.training.journal import LOG, Meter, peak_memory, write_note
 from reference_model.training.learner import Learner
-from reference_model.training.sampler import ImageGroupedSampler
 
 BEST = "best"
 _LOCK = ".lock"

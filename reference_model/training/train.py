@@ -16,23 +16,25 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from reference_model.data.collate import Batch, Collate, ReferringDataset, outlive_sigterm, report_overlong
-from reference_model.data.layouts import read
+from reference_model.data.collate import Batch, Collate
+from reference_model.data.dataset import ReferringDataset
+from reference_model.data.datasets import read
+from reference_model.data.readers.reader import Stream
+from reference_model.data.sampler import ImageGroupedSampler, piece_size
 from reference_model.data.streaming import ShardedDataset, ShardedLoader
 from reference_model.files import InputError
 from reference_model.model.build import build_metris
 from reference_model.model.config import ModelConfig
 from reference_model.model.loss import Losses, MetrisLoss
 from reference_model.model.metris import METRIS
-from reference_model.model.text_encoder import article_ids, build_tokenizer, load_tokenizer
-from reference_model.scoring.evaluate import Stream
+from reference_model.processes import outlive_sigterm
 from reference_model.scoring.metris_predictor import MetrisPredictor
-from reference_model.training import scale
+from reference_model.tokens import article_ids, build_tokenizer, load_tokenizer, report_overlong
+from reference_model.training import distributed as scale
 from reference_model.training.config import TrainConfig
 from reference_model.training.journal import Log, Meter, progress_bar
 from reference_model.training.learner import Learner
 from reference_model.training.run import Run, claimed, digest, seed_process
-from reference_model.training.sampler import ImageGroupedSampler, piece_size
 from reference_model.training.schedule import polynomial_decay
 
 _DRY_STEPS = 2
@@ -137,7 +139,7 @@ def _train(config: TrainConfig, accelerator: Accelerator, stop: "Stop", *, unfin
         seed_process(config.seed, accelerator.process_index)  # the first goes on as if it were alone
     if accelerator.is_main_process:
         first = list(islice(records, 1000)) if data.streamed else records
-        report_overlong(tokenizer, first, model_config.max_tokens)
+        report_overlong(tokenizer, [record.expression for record in first], model_config.max_tokens)
     run.begin()
     schedule = polynomial_decay(
         learner.optimiser,

@@ -86,23 +86,6 @@ class FiguresConfig:
 
 
 @dataclass(frozen=True)
-class AppConfig:
-    """Serve a page on this computer: an image in, sentences in, masks and all on the way to them out."""
-
-    checkpoint: Path | None = None
-    """Folder that train wrote. None: the demo's, trained first if it is not there (minutes)."""
-    demo: Path = Path("demo")
-    """Folder of the demo, for its data and its run, where no checkpoint is given."""
-    host: str = "127.0.0.1"
-    """Address to listen on; 127.0.0.1 is this computer alone, 0.0.0.0 lets others in. Of a machine that is
-    reached by ssh: ssh -L 7860:127.0.0.1:7860 MACHINE, and the page is on one's own computer."""
-    port: int = 7860
-    """Port to listen on, in [1, 65535]."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one."""
-
-
-@dataclass(frozen=True)
 class ReportConfig:
     """Write one HTML file about a run, for a person: ``metris report RUN``.
 
@@ -160,17 +143,3 @@ class CompletionConfig:
 
     shell: Literal["bash", "zsh"]
     """Shell that shall read it."""
-
-
-@dataclass(frozen=True)
-class ExportConfig:
-    """Write a checkpoint as one ONNX or PyTorch .pt2 file, with its tokenizer, checked against the model."""
-
-    checkpoint: Path
-    """Folder that train wrote."""
-    out: Path
-    """File to write, NAME.onnx or NAME.pt2; predict takes it in place of a checkpoint."""
-    format: Literal["onnx", "pt2"] = "onnx"
-    """onnx runs in ONNX Runtime and its like; pt2 in PyTorch alone, best the version that wrote it."""
-    json: bool = False
-    """Print JSON instead of a line."""

@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from reference_model.data.collate import tokenize
+from reference_model.checkpoints.checkpoint import Checkpoint
 from reference_model.data.transforms import image_tensor
 from reference_model.files import InputError
-from reference_model.model.checkpoint import Checkpoint
 from reference_model.model.metris import METRIS, ImageFeatures, MetrisOutput
 from reference_model.scoring.metris_predictor import mask_at
+from reference_model.tokens import tokenize
 
 
 class Encoded(NamedTuple):

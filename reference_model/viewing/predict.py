@@ -10,19 +10,19 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from reference_model.data.collate import tokenize
+from reference_model.checkpoints.checkpoint import Checkpoint
+from reference_model.checkpoints.export import load
+from reference_model.data.datasets import read
 from reference_model.data.images import open_image
-from reference_model.data.layouts import read
 from reference_model.data.transforms import image_tensor
 from reference_model.files import InputError, refuse_unwritable, written_whole
-from reference_model.model.checkpoint import Checkpoint
-from reference_model.model.export import load
 from reference_model.scoring.metris_predictor import Prediction, predictions
 from reference_model.scoring.outcome import outcome
 from reference_model.scoring.table import aligned
+from reference_model.tokens import tokenize
 from reference_model.viewing.config import PredictConfig
 from reference_model.viewing.explain import unknown_words
-from reference_model.viewing.many import Job, jobs
+from reference_model.viewing.jobs import Job, jobs
 from reference_model.viewing.overlay import TRUTH, captioned, overlay
 from reference_model.viewing.runs import image_of, tell_left_out
 

@@ -12,10 +12,11 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from reference_model.data.reader import Reader
+from reference_model.checkpoints.checkpoint import CONFIG, load_checkpoint
+from reference_model.data.readers.reader import Reader
 from reference_model.data.records import Record
 from reference_model.files import InputError, refuse_unwritable, written_whole
-from reference_model.model.checkpoint import CONFIG, load_checkpoint, pick_device
+from reference_model.processes import pick_device
 from reference_model.scoring.breakdowns import Breakdown
 from reference_model.scoring.curves import PrecisionRecall
 from reference_model.scoring.evaluator import Evaluator, computed
@@ -23,7 +24,7 @@ from reference_model.scoring.metrics import SegmentationMetrics
 from reference_model.scoring.metris_predictor import MetrisPredictor
 from reference_model.scoring.protocols import PROTOCOLS
 from reference_model.viewing.config import ReportConfig
-from reference_model.viewing.run_figures import drawing
+from reference_model.viewing.paper_figures import drawing
 from reference_model.viewing.runs import (
     METRICS,
     data_of,

@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from reference_model.checkpoints.checkpoint import CONFIG
 from reference_model.configs import build, read_yaml
 from reference_model.data.config import DataConfig
+from reference_model.data.datasets import read
 from reference_model.data.images import open_image
-from reference_model.data.layouts import read
-from reference_model.data.reader import OnError, Reader
+from reference_model.data.readers.reader import OnError, Reader
 from reference_model.data.records import Record
 from reference_model.data.transforms import resize_mask
 from reference_model.files import InputError
-from reference_model.model.checkpoint import CONFIG
 from reference_model.viewing.explain import Explanation
 
 LOG, METRICS = "log.jsonl", "metrics.json"

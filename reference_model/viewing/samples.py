@@ -10,9 +10,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from reference_model.data.datasets import read
 from reference_model.data.images import open_image
-from reference_model.data.layouts import read
-from reference_model.data.reader import Reader
+from reference_model.data.readers.reader import Reader
 from reference_model.data.records import Record
 from reference_model.files import InputError, refuse_unwritable, written_whole
 from reference_model.viewing.config import ShowConfig

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from metris_blocks import MaskedSoftmaxAggregation
-from tests import paper
 from tests.conftest import assert_compiles_once, assert_equal
-from tests.strategies import distinct_scores, masks, normal, seeds, sizes
+from tests.support import paper
+from tests.support.strategies import distinct_scores, masks, normal, seeds, sizes
 
 
 def block(c=5, d=4, **options):

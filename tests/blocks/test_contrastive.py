@@ -8,9 +8,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from metris_blocks import PixelContrastiveLoss
-from tests import paper
 from tests.conftest import assert_compiles_once, assert_equal
-from tests.strategies import normal, seeds, sizes
+from tests.support import paper
+from tests.support.strategies import normal, seeds, sizes
 
 TAU = 0.5
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from metris_blocks import RelevanceCuration
 from metris_blocks.ops import cosine_relevance, top_r_mask
-from tests import paper
 from tests.conftest import assert_compiles_once, assert_equal
-from tests.strategies import normal, paddings, ratios, seeds, sizes
+from tests.support import paper
+from tests.support.strategies import normal, paddings, ratios, seeds, sizes
 
 SIZES = sizes("b l n")
 

@@ -12,10 +12,10 @@ from torch.nn.functional import pad
 from benchmarks.scaling import fitted_exponent
 from metris_blocks import VisualExpressionExtractor
 from metris_blocks.layers import MultiHeadAttention
-from reference_model.model.cost import peak_bytes
-from tests import paper
+from reference_model.cost import peak_bytes
 from tests.conftest import assert_compiles_once, assert_equal
-from tests.strategies import normal, paddings, seeds, sizes
+from tests.support import paper
+from tests.support.strategies import normal, paddings, seeds, sizes
 
 HEADS = 2
 BACKENDS = ["auto", "eager", "sdpa"]

@@ -20,9 +20,9 @@ from metris_blocks import PixelContrastiveLoss, VisualExpressionExtractor
 from metris_blocks.curation import GlobalCue
 from metris_blocks.layers import MultiHeadAttention
 from metris_blocks.ops import top_r_mask
-from tests import paper
 from tests.conftest import assert_compiles_once, assert_equal, assert_within_budget
-from tests.strategies import normal, paddings, seeds, sizes
+from tests.support import paper
+from tests.support.strategies import normal, paddings, seeds, sizes
 
 HEADS, DIM = 2, 16
 CUES = ["first", "last", "mean", "learned"]

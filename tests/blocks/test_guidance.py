@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from metris_blocks import GuidanceSet
 from metris_blocks.ops import masked_attention
 from tests.conftest import assert_compiles_once, assert_equal
-from tests.strategies import normal, paddings, seeds, sizes
+from tests.support.strategies import normal, paddings, seeds, sizes
 
 
 @st.composite

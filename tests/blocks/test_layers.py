@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from metris_blocks.layers import AttentionLayer, FeedForward, MultiHeadAttention
-from tests import paper
 from tests.conftest import assert_equal
-from tests.strategies import masks, normal, paddings, seeds, sizes
+from tests.support import paper
+from tests.support.strategies import masks, normal, paddings, seeds, sizes
 
 HEADS = 2
 PATHS = ["_absorbed", "_projected"]

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from metris_blocks import VisualRelationshipSelfAttention
-from tests import paper
 from tests.conftest import assert_compiles_once, assert_equal
-from tests.strategies import normal, paddings, seeds, sizes
+from tests.support import paper
+from tests.support.strategies import normal, paddings, seeds, sizes
 
 HEADS = 2
 BACKENDS = ["auto", "eager", "sdpa"]

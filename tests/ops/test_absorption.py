@@ -11,7 +11,7 @@ from metris_blocks.layers import MultiHeadAttention
 from metris_blocks.ops import absorbed_attention, masked_attention
 from metris_blocks.ops.absorption import absorbs
 from tests.conftest import assert_compiles_once, assert_equal, assert_within_budget, with_gradients
-from tests.strategies import mask_of, masks, normal, paddings, seeds, sizes
+from tests.support.strategies import mask_of, masks, normal, paddings, seeds, sizes
 
 with_each_mask = pytest.mark.parametrize("kind", ["b l n", "b n", "none"])
 

@@ -19,8 +19,8 @@ from tests.conftest import (
     assert_within_budget,
     with_gradients,
 )
-from tests.paper import eq5_aggregate
-from tests.strategies import distinct_scores, masks, normal, seeds, sizes, surrounded, wide
+from tests.support.paper import eq5_aggregate
+from tests.support.strategies import distinct_scores, masks, normal, seeds, sizes, surrounded, wide
 
 with_each_backend_everywhere = pytest.mark.parametrize(("device", "backend"), DEVICES_AND_BACKENDS)
 with_each_backend = pytest.mark.parametrize("backend", ["eager", TRITON_ON_CPU])

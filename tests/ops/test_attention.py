@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from metris_blocks.ops import attention, auto_backend, explain_backends, masked_attention
 from metris_blocks.ops.backends import Backend
-from tests import paper
 from tests.conftest import assert_compiles_once, assert_equal, assert_within_budget, with_gradients
-from tests.strategies import mask_of, masks, normal, paddings, seeds, sizes, surrounded, wide
+from tests.support import paper
+from tests.support.strategies import mask_of, masks, normal, paddings, seeds, sizes, surrounded, wide
 
 NAMED = [name for name in get_args(Backend) if name != "auto"]
 CUDA = pytest.param("cuda", marks=pytest.mark.cuda)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from metris_blocks.ops import pixel_contrastive_loss
 from tests.conftest import assert_compiles_once, assert_equal
-from tests.paper import eq4_contrastive, eq4_pixel_losses
-from tests.strategies import normal, paddings, seeds, sizes
+from tests.support.paper import eq4_contrastive, eq4_pixel_losses
+from tests.support.strategies import normal, paddings, seeds, sizes
 
 TEMPERATURES = st.floats(0.05, 5.0)
 

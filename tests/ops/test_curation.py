@@ -16,8 +16,8 @@ from tests.conftest import (
     assert_equal,
     with_gradients,
 )
-from tests.paper import eq2_curate, eq2_relevance, eq3_dynamic_mask, number_curated
-from tests.strategies import (
+from tests.support.paper import eq2_curate, eq2_relevance, eq3_dynamic_mask, number_curated
+from tests.support.strategies import (
     distinct_scores,
     normal,
     paddings,

@@ -10,7 +10,7 @@ from metris_blocks import VisualExpressionExtractor
 from metris_blocks.ops.backends import triton
 from metris_blocks.ops.backends.triton import aggregation, attention, curation
 from tests.conftest import DEVICES_AND_BACKENDS, assert_equal
-from tests.strategies import normal
+from tests.support.strategies import normal
 
 on_each_device = pytest.mark.parametrize(
     ("device", "backend"),

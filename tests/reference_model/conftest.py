@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from reference_model.checkpoints.checkpoint import CONFIG, load_checkpoint, save_weights
 from reference_model.configs import to_yaml
 from reference_model.data.config import DataConfig
 from reference_model.data.images import open_image
-from reference_model.data.synthetic.config import GenerateConfig
-from reference_model.data.synthetic.export import generate
 from reference_model.model.build import build_metris
-from reference_model.model.checkpoint import CONFIG, load_checkpoint, save_weights
 from reference_model.model.config import ModelConfig
+from reference_model.synthetic.config import GenerateConfig
+from reference_model.synthetic.generate import generate
 from reference_model.training.config import TrainConfig
 from reference_model.training.train import train
 from reference_model.viewing.explain import encode, explain

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from metris_blocks.layers import MultiHeadAttention
+from reference_model import cost
 from reference_model import profile as command
 from reference_model.cli import main, parse
-from reference_model.model import cost
+from reference_model.cost import latencies, multiply_adds, peak_bytes
 from reference_model.model.build import build_metris
-from reference_model.model.cost import latencies, multiply_adds, peak_bytes
 from reference_model.profile import PARTS
 
 TINY = ("profile", "--preset", "metris_tiny", "--rounds", "1")

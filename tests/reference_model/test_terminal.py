@@ -18,12 +18,12 @@ import metris_blocks
 from metris_blocks.ops import auto_backend, explain_backends, masked_attention
 from reference_model.cli import COMMANDS, EXAMPLES, load, main, parse
 from reference_model.data.config import DataConfig
+from reference_model.data.datasets import read
 from reference_model.data.images import open_image
-from reference_model.data.layouts import read
 from reference_model.files import InputError
 from reference_model.info import backends
 from reference_model.viewing.config import PredictConfig
-from reference_model.viewing.many import jobs
+from reference_model.viewing.jobs import jobs
 from reference_model.viewing.runs import spaced_images
 
 

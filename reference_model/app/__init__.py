@@ -1,0 +1,1 @@
+"""The page: a checkpoint in the browser."""
