@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from reference_model.app.command import session as web_session
+from reference_model.app import session as web_session
 from reference_model.checkpoints.checkpoint import load_checkpoint
 
 SENTENCES = ("the red circle", "biggest star", "left most thing\nthe green square\na triangle")

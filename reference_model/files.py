@@ -11,7 +11,21 @@ from pathlib import Path
 
 
 class InputError(ValueError):
-    """What a user gave cannot be used; the message is one line with the next step. Exit code 2."""
+    """A value from the user cannot be used. Printed as one line, with exit code 2.
+
+    Args:
+        thing: What cannot be used: an option, a file, a field of a file.
+        problem: What is wrong with it, with the value found and the value expected.
+        step: What the user can do next.
+    """
+
+    def __init__(self, thing: str, problem: str = "", step: str = "") -> None:
+        super().__init__(thing, problem, step)  # as args, so that worker processes can send it
+        self.thing, self.problem, self.step = thing, problem, step
+
+    def __str__(self) -> str:
+        line = f"{self.thing}: {self.problem}" if self.problem else self.thing
+        return f"{line}; {self.step}" if self.step else line
 
 
 def refuse_unwritable(path: str | Path) -> None:

@@ -35,7 +35,7 @@ def app(config: AppConfig) -> None:
     folder = demo_run(config.demo) if config.checkpoint is None else config.checkpoint
     checkpoint = load_checkpoint(folder, device=device)
     print("starting; this takes some seconds", file=sys.stderr, flush=True)
-    from reference_model.app.command import page as web_page
+    from reference_model.app import page as web_page
 
     web_page.serve(web_page.blocks(checkpoint, folder), host=config.host, port=config.port)
 

@@ -21,8 +21,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from reference_model.app import command
-from reference_model.app.command import page as web_page
-from reference_model.app.command import session as web_session
+from reference_model.app import page as web_page
+from reference_model.app import session as web_session
 from reference_model.checkpoints.checkpoint import WEIGHTS, load_checkpoint
 from reference_model.cli import main, parse
 from reference_model.data.images import open_image
