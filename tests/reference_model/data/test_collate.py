@@ -16,7 +16,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import BertTokenizer
 
-import reference_model.data.collate as collate_module
+import reference_model.data.dataset as dataset_module
 from reference_model.data.collate import Collate
 from reference_model.data.dataset import ReferringDataset
 from reference_model.data.images import open_image
@@ -93,7 +93,7 @@ def test_batch_holds_each_image_once_and_every_sentence_its_own(records, cache, 
 def test_image_of_a_batch_is_decoded_once(records, monkeypatch, cache, decodings):
     opened = []
     monkeypatch.setattr(
-        collate_module, "open_image", lambda path, **kw: opened.append(path) or open_image(path, **kw)
+        dataset_module, "open_image", lambda path, **kw: opened.append(path) or open_image(path, **kw)
     )
     dataset = ReferringDataset(records, 12, cache=cache)
     for count in decodings:
@@ -203,7 +203,7 @@ def test_what_workers_of_one_epoch_made_those_of_the_next_do_not_make_again(reco
     def refuse(*arguments, **options):
         raise AssertionError("made again")
 
-    monkeypatch.setattr(collate_module, "open_image", refuse)
+    monkeypatch.setattr(dataset_module, "open_image", refuse)
     monkeypatch.setattr(Record, "mask", refuse)
     for one, other in zip(first, epoch(), strict=True):
         assert one.images.equal(other.images) and one.masks.equal(other.masks)

@@ -351,32 +351,31 @@ def test_compile_compiles_the_model_once(another, monkeypatch):
 
 @pytest.mark.slow
 def test_compiled_run_learns_the_same(another):
-    """By its losses: Adam moves a weight whose gradient is all but zero by the sign of a rounding.
-
-    Without dropout, of which compiled code draws other numbers.
-    """
+    """Without dropout, of which compiled code draws other numbers."""
     model = another().model
     without = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     model = replace(model, text_encoder_options=model.text_encoder_options | without)
-    losses = []
-    for name in ("eager", "compiled"):
-        config = another(
-            model=model, compile=name == "compiled", log_every=1, out=another().out.parent / name
-        )
-        entries = map(json.loads, (train(config) / "log.jsonl").read_text().splitlines())
-        losses.append([(entry["total"], entry["gradient_norm"]) for entry in entries if "total" in entry])
-    eager, compiled = map(torch.tensor, losses)
-    assert len(eager) == len(compiled) == 4
-    torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-5)
+    runs = [another(model=model, compile=on, out=another().out.parent / str(on)) for on in (False, True)]
+    assert_learn_the_same(*runs)
 
 
-def test_channels_last_is_a_layout_and_no_other_run(run, another, held):
-    weights = weights_of(another(channels_last=False))
-    assert all(p.is_contiguous() for p in held["learner"].model.parameters())
-    for name, tensor in load_checkpoint(run).model.state_dict().items():
-        torch.testing.assert_close(weights[name], tensor, rtol=1e-4, atol=1e-5)
-    train(another(out=another().out.parent / "other"))
+def test_channels_last_is_a_layout_and_no_other_run(another, held):
+    runs = [another(channels_last=on, out=another().out.parent / str(on)) for on in (False, True)]
+    assert_learn_the_same(*runs)
     assert not all(p.is_contiguous() for p in held["learner"].model.parameters())
+    train(another(channels_last=False))
+    assert all(p.is_contiguous() for p in held["learner"].model.parameters())
+
+
+def assert_learn_the_same(*configs):
+    """By losses and gradients: Adam moves a weight whose gradient is all but zero by the sign of a rounding."""
+    curves = []
+    for config in configs:
+        lines = (train(replace(config, log_every=1)) / "log.jsonl").read_text().splitlines()
+        entries = [entry for entry in map(json.loads, lines) if "total" in entry]
+        curves.append(torch.tensor([(entry["total"], entry["gradient_norm"]) for entry in entries]))
+    assert len(curves[0]) == len(curves[1]) == 4
+    torch.testing.assert_close(*curves, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("split", ["test", "testA", "val_unseen", "train"])

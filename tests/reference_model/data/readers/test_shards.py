@@ -446,11 +446,11 @@ def test_buffer_mixes_shards(shards):
 
 
 def test_image_is_decoded_once_for_its_sentences(shards, monkeypatch):
-    import reference_model.data.collate as collate_module
+    import reference_model.data.dataset as dataset_module
 
     opened = []
     monkeypatch.setattr(
-        collate_module, "open_image", lambda image, **kw: opened.append(image) or open_image(image, **kw)
+        dataset_module, "open_image", lambda image, **kw: opened.append(image) or open_image(image, **kw)
     )
     reader = Shards(shards)
     images = {record.image for record in reader.stream("train")}
