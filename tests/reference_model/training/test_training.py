@@ -368,7 +368,7 @@ def test_channels_last_is_a_layout_and_no_other_run(another, held):
 
 
 def assert_learn_the_same(*configs):
-    """By losses and gradients: Adam moves a weight whose gradient is all but zero by the sign of a rounding."""
+    """By losses and gradients: where a gradient is all but zero, Adam moves by the sign of a rounding."""
     curves = []
     for config in configs:
         lines = (train(replace(config, log_every=1)) / "log.jsonl").read_text().splitlines()
