@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metris_blocks import PixelContrastiveLoss
-from reference_model.data.transforms import image_tensor
+from reference_model.data.transforms import image_pixels
 from reference_model.synthetic.kinds import PRESETS
 from reference_model.synthetic.program import describe
 from reference_model.synthetic.render import painted_ids, picture, visible_ids
@@ -45,7 +45,7 @@ def make_scenes(pictures: int = 4, seed: int = 0) -> Scenes:
         if None in programs:
             continue
         painted = painted_ids(scene, SIZE)
-        image = image_tensor(picture(scene, painted, rng), SIZE)
+        image = image_pixels(picture(scene, painted, rng), SIZE) / 127.5 - 1
         for k, program in enumerate(programs):
             words = [IDS[word] for word in sentence(program, rng).split()] + [IDS["<end>"]]
             samples.append((image, torch.tensor(words), torch.from_numpy(visible_ids(painted) == k + 1)))

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from reference_model.cli import COMMANDS
 
@@ -11,15 +12,28 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("code", EXAMPLES, ids=["blocks", "kernels", "model"])
-def test_example_runs_and_is_short(code):
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """A folder with what the examples name: a checkpoint in demo/run, and photo.jpg."""
+    from reference_model import build, preset
+    from reference_model.tokens import build_tokenizer
+
+    folder = tmp_path_factory.mktemp("readme")
+    tokenizer = build_tokenizer(["the red circle on the right"])
+    model = build(preset("metris_tiny", vocab_size=len(tokenizer)), tokenizer=tokenizer)
+    model.save_pretrained(folder / "demo" / "run")
+    Image.new("RGB", (80, 60), "red").save(folder / "photo.jpg")
+    return folder
+
+
+@pytest.mark.parametrize("code", EXAMPLES)
+def test_example_runs_and_is_short(code, demo, monkeypatch):
+    monkeypatch.chdir(demo)
     assert len([line for line in code.splitlines() if line.strip()]) <= 12
     exec(compile(code, "README.md", "exec"), {})
 
 
 def test_image_to_start_with_can_be_drawn(tmp_path, monkeypatch):
-    from PIL import Image
-
     (code,) = re.findall(r'^python -c "(.*?)"$', README, re.DOTALL | re.MULTILINE)
     monkeypatch.chdir(tmp_path)
     exec(code.replace("\\\n", ""), {})

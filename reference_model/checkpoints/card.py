@@ -66,7 +66,7 @@ def model_card(model: METRIS, name: str, run: dict[str, Any], metrics: dict[str,
 
 
 _NO_TARGET = {
-    True: "Sentences that name nothing get a mask too; heed the classifier, `output.no_target > 0`.",
+    True: "A sentence that names nothing in the image gets an empty mask where the classifier finds so.",
     False: "Every sentence gets a mask, also one that names nothing in the image.",
 }
 
@@ -79,18 +79,11 @@ METRIS, referring image segmentation: an image and a sentence give the mask of w
 ## Use
 
 ```python
-import torch
-from reference_model.data.collate import tokenize
-from reference_model.data.transforms import image_tensor, open_image
-from reference_model.model.metris import METRIS
+from reference_model import load
 
-model = METRIS.from_pretrained("{name}")
-image = image_tensor(open_image("photo.jpg"), model.config.image_size)
-tokens = tokenize(model.tokenizer, ["the red boat", "the boat on the left"], model.config.max_tokens)
-with torch.inference_mode():
-    features = model.encode_image(image[None])  # once, for any number of sentences
-    output = model.refer(features, *tokens, image_index=torch.tensor([0, 0]))
-masks = output.logits > 0  # (sentence, height, width), at the model's size
+checkpoint = load("{name}")
+masks = checkpoint.predict("photo.jpg", ["the red boat", "the boat on the left"])
+# (sentence, height, width) bool, at the photo's own size; the photo is encoded once
 ```
 
 A downloaded folder goes to the command line too, which gives masks at the image's own size:

@@ -1,22 +1,28 @@
 """A checkpoint is a folder: weights (safetensors), the resolved config and the tokenizer."""
 
+import os
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from reference_model.configs import build, read_yaml
+from reference_model.data.images import rgb_image
+from reference_model.data.transforms import image_pixels, probabilities_at
 from reference_model.files import InputError, written_whole
 from reference_model.model.build import build_metris
 from reference_model.model.config import ModelConfig
-from reference_model.model.metris import METRIS
-from reference_model.tokens import load_tokenizer
+from reference_model.model.metris import ImageFeatures, MetrisOutput
+from reference_model.tokens import load_tokenizer, tokenize
 
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.yaml", "tokenizer"
 GENERATED = "generated.json"
@@ -29,21 +35,114 @@ RENAMED = {
 """How the names of weights began in old checkpoints -> how they begin now; a rename adds its line."""
 
 
+class Referrer(Protocol):
+    """What a checkpoint holds: METRIS, or an exported program that is called alike."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+
+    def encode_image(self, image: Tensor) -> ImageFeatures:
+        """(u, 3, s, s) uint8 -> features, once for any number of sentences."""
+
+    def refer(
+        self, features: ImageFeatures, token_ids: Tensor, language_mask: Tensor, image_index: Tensor, /
+    ) -> MetrisOutput:
+        """Refer to encoded images; axes as `METRIS.refer` has them."""
+
+
+class Prediction(NamedTuple):
+    """What `Checkpoint.predict` finds for k sentences about one image of h x w pixels."""
+
+    masks: np.ndarray
+    """(k, h, w) bool."""
+    probabilities: np.ndarray
+    """(k, h, w) float32, probability that a pixel belongs to the mask, before a no-target classifier."""
+    no_target: np.ndarray | None
+    """(k) float32, probability that the image holds nothing of the kind; None without that classifier."""
+    scores: np.ndarray | None
+    """(k, l, rows, columns) relevance S_c of each token, cosine, token 0 the global cue's; None in variants
+    without extractor. Rows of padding are zeros."""
+    curated: np.ndarray | None
+    """(k, l, rows, columns) bool, the visual tokens that each word curates; None with ``scores``."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model ready to use."""
+    """A model ready to use, with its tokenizer and its config."""
 
-    model: METRIS
-    """Or, of an exported file, `ExportedMetris`, which is called alike."""
+    model: Referrer
     tokenizer: PreTrainedTokenizerBase
     config: ModelConfig
 
     @property
     def device(self) -> torch.device:
         """Where the model runs."""
-        if isinstance(self.model, METRIS):
-            return next(self.model.parameters()).device
         return self.model.device
+
+    @torch.inference_mode()
+    def encode(self, image: Image.Image | np.ndarray | str | Path) -> ImageFeatures:
+        """Encode one image of any size; the encoder never sees language, so this serves all sentences."""
+        pixels = image_pixels(rgb_image(image), self.config.image_size)
+        return self.model.encode_image(pixels[None].to(self.device))
+
+    @torch.inference_mode()
+    def refer(self, features: ImageFeatures, sentences: Sequence[str], **options: bool) -> MetrisOutput:
+        """Refer to an encoded image.
+
+        Args:
+            features: Of one image, from `encode`.
+            sentences: k of them.
+            options: ``return_maps`` of `METRIS.refer`.
+
+        Raises:
+            InputError: A sentence has no word.
+        """
+        token_ids, language_mask = tokenize(self.tokenizer, sentences, self.config.max_tokens)
+        index = torch.zeros(len(sentences), dtype=torch.long, device=self.device)
+        ids, mask = token_ids.to(self.device), language_mask.to(self.device)
+        return self.model.refer(features, ids, mask, index, **options)
+
+    def predict(
+        self,
+        image: Image.Image | np.ndarray | str | Path,
+        sentences: Sequence[str],
+        *,
+        threshold: float = 0.5,
+        no_target_threshold: float = 0.5,
+        return_scores: bool = False,
+    ) -> np.ndarray | Prediction:
+        """Predict the mask of each sentence at the image's own size; the image is encoded once.
+
+        Args:
+            image: A path, a Pillow image, or an array as `rgb_image` takes it; of any size.
+            sentences: k of them, such as ``["the red boat", "the boat on the left"]``.
+            threshold: Probability above which a pixel belongs to the mask, in (0, 1).
+            no_target_threshold: Probability of "no target" above which a mask is empty, in (0, 1).
+            return_scores: Return all of `Prediction`.
+
+        Returns:
+            (k, h, w) bool masks, or a `Prediction`.
+
+        Raises:
+            InputError: The image cannot be used, a sentence has no word, or a threshold is out of range.
+        """
+        for name, value in (("threshold", threshold), ("no_target_threshold", no_target_threshold)):
+            if not 0 < value < 1:
+                raise InputError(name, f"must be in (0, 1), got {value:g}", "0.5 is usual")
+        image = rgb_image(image)
+        output = self.refer(self.encode(image), sentences)
+        probabilities = probabilities_at(output.logits, image.height, image.width)
+        masks = probabilities > threshold
+        absent = None
+        if output.no_target is not None:
+            absent = output.no_target.float().sigmoid()
+            masks &= (absent <= no_target_threshold)[:, None, None]
+        if not return_scores:
+            return masks.cpu().numpy()
+        grid = lambda x: None if x is None else x.unflatten(-1, output.grid)
+        rest = (masks, probabilities, absent, grid(output.scores), grid(output.dynamic_mask))
+        return Prediction(*(None if x is None else x.cpu().numpy() for x in rest))
 
 
 def start_checkpoint(folder: Path, config_yaml: str, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -54,7 +153,7 @@ def start_checkpoint(folder: Path, config_yaml: str, tokenizer: PreTrainedTokeni
         path.write_text(config_yaml, encoding="utf-8")
 
 
-def save_weights(folder: Path, model: METRIS, *, step: int | None = None) -> None:
+def save_weights(folder: Path, model: nn.Module, *, step: int | None = None) -> None:
     """Write or replace the weights of a checkpoint, with the step that they are of."""
     metadata = {} if step is None else {"step": str(step)}
     with written_whole(folder / WEIGHTS) as path:
@@ -96,11 +195,16 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     return weights
 
 
-def load_checkpoint(folder: Path, *, device: torch.device | str = "cpu", strict: bool = True) -> Checkpoint:
-    """Load a checkpoint for inference; never fetches anything.
+def load_checkpoint(
+    source: str | os.PathLike[str],
+    *,
+    device: torch.device | str = "cpu",
+    strict: bool = True,
+) -> Checkpoint:
+    """Load the folder of a checkpoint for inference; never fetches anything.
 
     Args:
-        folder: What train, `METRIS.save_pretrained` or the Hub gave.
+        source: What train, `METRIS.save_pretrained` or the Hub gave.
         device: Where the model goes.
         strict: Refuse weights that are missing or that the config has no place for. False: warn, leave the
             missing ones as initialised and the others aside.
@@ -108,6 +212,7 @@ def load_checkpoint(folder: Path, *, device: torch.device | str = "cpu", strict:
     Raises:
         InputError: A part is missing or broken, or the weights do not fit the config.
     """
+    folder = Path(source)
     missing = [name for name in (CONFIG, WEIGHTS, TOKENIZER) if not (folder / name).exists()]
     if missing:
         raise InputError(
@@ -126,7 +231,6 @@ def load_checkpoint(folder: Path, *, device: torch.device | str = "cpu", strict:
     weights = load_weights(folder)
     _refuse_misfit(folder / WEIGHTS, model.state_dict(), weights, strict=strict)
     model.load_state_dict(weights, strict=strict)
-    model.tokenizer, model.source = tokenizer, folder
     return Checkpoint(model.to(device).eval(), tokenizer, config)
 
 

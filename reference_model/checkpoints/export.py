@@ -11,7 +11,7 @@ import pickle
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -24,10 +24,9 @@ from metris_blocks.ops import top_r_mask
 from reference_model.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from reference_model.checkpoints.config import ExportConfig
 from reference_model.configs import build
-from reference_model.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from reference_model.files import InputError, refuse_unwritable, written_whole
 from reference_model.model.config import ModelConfig
-from reference_model.model.metris import METRIS, MetrisOutput
+from reference_model.model.metris import IMAGENET_MEAN, IMAGENET_STD, METRIS, ImageFeatures, MetrisOutput
 from reference_model.processes import pick_device
 from reference_model.tokens import load_tokenizer
 
@@ -57,6 +56,16 @@ _REFUSALS = (
     EOFError,
     pickle.UnpicklingError,
 )
+
+RECIPE = {
+    "image": "RGB / 255 less mean, by std; resized to a square of image_size, bilinearly and antialiased",
+    "mean": IMAGENET_MEAN,
+    "std": IMAGENET_STD,
+    "mask": "sigmoid of the logits, resized bilinearly to the photo, above threshold",
+    "threshold": 0.5,
+    "no_target_threshold": 0.5,
+}
+"""How a photo becomes an ``image`` and logits a mask; written into each file."""
 
 
 class Agreement(NamedTuple):
@@ -99,14 +108,13 @@ def export_program(model: METRIS) -> torch.export.ExportedProgram:
         raise InputError(f"{names}: cannot be exported ({_line(error)})") from error
 
 
-def save_exported(model: METRIS, file: Path, *, format: Format, recipe: Mapping[str, Any]) -> Agreement:
+def save_exported(checkpoint: Checkpoint, file: Path, *, format: Format) -> Agreement:
     """Export a model with its tokenizer, hold the file against the model, and put it in place if they agree.
 
     Args:
-        model: With ``config`` and ``tokenizer``, as `load_checkpoint` gives it; on the CPU.
+        checkpoint: Of a network on the CPU.
         file: Where to write, whole or not at all.
         format: "onnx" or "pt2".
-        recipe: What the file shall say besides, such as how a photo becomes an ``image``; JSON.
 
     Returns:
         How the file agrees with the model in evaluation.
@@ -115,6 +123,7 @@ def save_exported(model: METRIS, file: Path, *, format: Format, recipe: Mapping[
         InputError: The model cannot be exported, a package is missing, or the file differs from the model: by
             more than `TOLERANCE` in a number, or in its selection by more than a near tie.
     """
+    model = checkpoint.model
     weights = sum(x.nbytes for x in model.state_dict().values())
     if format == "onnx" and weights > _ONNX_BYTES:
         size = f"{weights / 2**30:.1f} GiB of weights, and one ONNX file holds less than 2 GiB"
@@ -122,7 +131,7 @@ def save_exported(model: METRIS, file: Path, *, format: Format, recipe: Mapping[
     with _written_out(model) if format == "onnx" else nullcontext():
         program = export_program(model)
     with _evaluating(model), written_whole(file) as fresh:
-        about = json.dumps(_about(model, recipe), ensure_ascii=False)
+        about = json.dumps(_about(checkpoint), ensure_ascii=False)
         if format == "onnx":
             _save_onnx(program, fresh, about)
         else:
@@ -175,7 +184,14 @@ def load_exported(
                     raise InputError(f"{file}: holds {name!r} among its tokenizer's files; export it again")
                 (Path(folder) / name).write_text(text, encoding="utf-8")
             tokenizer = load_tokenizer(Path(folder))
-        model = ExportedMetris(run, tuple(about["grid"]), tuple(about["extent"]), torch.device(device))
+        model = ExportedMetris(
+            run,
+            tuple(about["grid"]),
+            tuple(about["extent"]),
+            torch.device(device),
+            about["mean"],
+            about["std"],
+        )
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise InputError(f"{file}: does not say how to use it ({_line(error)}); export it again") from error
     return Checkpoint(model, tokenizer, config)
@@ -233,12 +249,31 @@ class ExportedMetris:
         grid: Rows and columns of the visual tokens.
         extent: Height and width that they cover, pixels.
         device: Where it runs.
+        mean, std: Of the three channels, by which images are normalised.
     """
 
     def __init__(
-        self, run: Run, grid: tuple[int, int], extent: tuple[int, int], device: torch.device
+        self,
+        run: Run,
+        grid: tuple[int, int],
+        extent: tuple[int, int],
+        device: torch.device,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
     ) -> None:
         self.run, self.grid, self.extent, self.device = run, grid, extent, device
+        self.mean, self.std = (torch.tensor(values, device=device).reshape(3, 1, 1) for values in (mean, std))
+
+    def encode_image(self, image: Tensor) -> ImageFeatures:
+        """Keep (u, 3, s, s) uint8 images, normalised: the program encodes them each time that it refers."""
+        pixels = image.to(torch.float32, copy=True).div_(255).sub_(self.mean).div_(self.std)
+        return ImageFeatures([pixels], (image.shape[-2], image.shape[-1]))
+
+    def refer(
+        self, features: ImageFeatures, token_ids: Tensor, language_mask: Tensor, image_index: Tensor
+    ) -> MetrisOutput:
+        """Give what the model gives, but for its attention maps."""
+        return self(features.maps[0], token_ids, language_mask, image_index)
 
     def __call__(
         self, image: Tensor, token_ids: Tensor, language_mask: Tensor, image_index: Tensor | None = None
@@ -276,18 +311,19 @@ def _example(config: ModelConfig, *, images: int, sentences: int, words: int) ->
     return dict(zip(INPUTS, values, strict=True))
 
 
-def _about(model: METRIS, recipe: Mapping[str, Any]) -> dict[str, Any]:
+def _about(checkpoint: Checkpoint) -> dict[str, Any]:
+    model = checkpoint.model
     with torch.no_grad():
         output = model(*_example(model.config, images=1, sentences=1, words=_SHORTEST).values())
     with tempfile.TemporaryDirectory() as folder:
-        model.tokenizer.save_pretrained(folder)
+        checkpoint.tokenizer.save_pretrained(folder)
         # Chat templates, which instruct models bring, are no part of it.
         files = [path for path in sorted(Path(folder).iterdir()) if _TOKENIZER_FILE.fullmatch(path.name)]
         tokenizer = {path.name: path.read_text(encoding="utf-8") for path in files}
     plain = {key: str(x) if isinstance(x, Path) else x for key, x in vars(model.config).items()}
     network = {"pretrained": False, "image_weights": None, "text_weights": None}
     return {
-        **recipe,
+        **RECIPE,
         "image_size": model.config.image_size,
         "max_tokens": model.config.max_tokens,
         "grid": output.grid,
@@ -394,16 +430,6 @@ def _line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-RECIPE = {
-    "image": "RGB / 255 less mean, by std; resized to a square of image_size, bilinearly and antialiased",
-    "mean": IMAGENET_MEAN,
-    "std": IMAGENET_STD,
-    "mask": "sigmoid of the logits, resized bilinearly to the photo, above threshold",
-    "threshold": 0.5,
-    "no_target_threshold": 0.5,
-}
-
-
 def export(config: ExportConfig) -> None:
     """Run the command ``export``.
 
@@ -413,8 +439,7 @@ def export(config: ExportConfig) -> None:
     if config.out.suffix != f".{config.format}":
         raise InputError(f"out {config.out}: must end in .{config.format}, by which predict knows the format")
     refuse_unwritable(config.out)
-    model = load_checkpoint(config.checkpoint).model
-    found = save_exported(model, config.out, format=config.format, recipe=RECIPE)
+    found = save_exported(load_checkpoint(config.checkpoint), config.out, format=config.format)
     size = config.out.stat().st_size
     if config.json:
         print(json.dumps({"out": str(config.out), "bytes": size, **found._asdict()}))

@@ -1,6 +1,7 @@
 """Share a model: save it with a model card, push it to the Hugging Face Hub, fetch it from there."""
 
 import json
+import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -19,13 +20,16 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from transformers import PreTrainedTokenizerBase
 
+from reference_model.checkpoints import export
 from reference_model.checkpoints.card import LIBRARY, model_card
 from reference_model.checkpoints.checkpoint import (
     CONFIG,
     GENERATED,
     TOKENIZER,
     WEIGHTS,
+    Checkpoint,
     load_checkpoint,
     load_weights,
     refuse_larger,
@@ -35,13 +39,125 @@ from reference_model.checkpoints.checkpoint import (
 from reference_model.checkpoints.config import PushConfig
 from reference_model.configs import read_yaml, to_yaml
 from reference_model.files import InputError, written_whole
+from reference_model.model import metris as network
+from reference_model.model.build import build_metris
 from reference_model.model.config import ModelConfig
-from reference_model.model.metris import METRIS
+from reference_model.processes import pick_device
 
 METRICS, CARD = "metrics.json", "README.md"
 
 # By their full endings: what is fetched can hold no pickle and no code.
 FETCHED = [WEIGHTS, CONFIG, f"{TOKENIZER}/*.json", f"{TOKENIZER}/*.txt", METRICS, CARD, GENERATED]
+
+
+class METRIS(network.METRIS):
+    """METRIS with the three methods that users of the Hugging Face Hub know.
+
+    Args:
+        tokenizer: Of its text encoder; None for a network that nothing was trained with.
+        source: Folder that the weights came from, whose scores go along while the weights are still those.
+        parts: The network's own arguments.
+    """
+
+    def __init__(
+        self,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        source: Path | None = None,
+        **parts: Any,
+    ) -> None:
+        super().__init__(**parts)
+        self.tokenizer, self.source = tokenizer, source
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        device: torch.device | str = "cpu",
+        strict: bool = True,
+        **hub: Any,
+    ) -> "METRIS":
+        """Load a checkpoint, ready for inference.
+
+        Args:
+            source: Folder that train or `save_pretrained` wrote, or OWNER/NAME on the Hugging Face Hub.
+            device: Where the model goes.
+            strict: Refuse a checkpoint that lacks weights or has others; False warns and loads what fits.
+            hub: ``revision``, ``token``, ``cache_dir`` and ``local_files_only`` of `huggingface_hub`.
+
+        Raises:
+            InputError: The checkpoint cannot be had, is broken, or does not fit its config.
+        """
+        return load_folder(fetch(source, **hub), device=device, strict=strict).model
+
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], *, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> None:
+        """Write a checkpoint with a model card, atomically; as `save`."""
+        save(self._complete(tokenizer, "save_pretrained"), self.source, Path(folder))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload METRIS",
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> str:
+        """Upload a checkpoint with a model card to the Hub and return its URL; as `push`."""
+        checkpoint = self._complete(tokenizer, "push_to_hub")
+        options = {"private": private, "token": token, "commit_message": commit_message}
+        return push(checkpoint, self.source, repo_id, **options)
+
+    def _complete(self, tokenizer: PreTrainedTokenizerBase | None, what: str) -> Checkpoint:
+        tokenizer = self.tokenizer if tokenizer is None else tokenizer
+        if tokenizer is None:
+            step = f"give that of its training, {what}(..., tokenizer=tokenizer)"
+            raise InputError(what, "the model has no tokenizer", step)
+        refuse_larger(tokenizer, self.config, what)
+        return Checkpoint(self, tokenizer, self.config)
+
+
+def load(
+    source: str | os.PathLike[str], *, device: torch.device | str = "auto", strict: bool = True, **hub: Any
+) -> Checkpoint:
+    """Load a model with its tokenizer, ready to predict.
+
+    Args:
+        source: Folder of a run or a saved model, file that ``metris export`` wrote, or OWNER/NAME on the Hub.
+        device: cpu, cuda, cuda:1 ...; auto takes a GPU where there is one.
+        strict: As in `METRIS.from_pretrained`.
+        hub: ``revision``, ``token``, ``cache_dir`` and ``local_files_only`` of `huggingface_hub`.
+
+    Raises:
+        InputError: There is none, or it is broken.
+    """
+    if Path(source).is_file():
+        return export.load(Path(source), device=str(device))
+    folder = fetch(source, **hub)
+    return load_folder(folder, device=pick_device(str(device)), strict=strict)
+
+
+def load_folder(folder: Path, *, device: torch.device | str, strict: bool) -> Checkpoint:
+    """Load a folder, its model as the Hub's METRIS, which keeps its tokenizer and where it came from."""
+    checkpoint = load_checkpoint(folder, device=device, strict=strict)
+    model = checkpoint.model.with_parts(METRIS, tokenizer=checkpoint.tokenizer, source=folder)
+    return replace(checkpoint, model=model)
+
+
+def build(config: ModelConfig, *, tokenizer: PreTrainedTokenizerBase | None = None) -> METRIS:
+    """Build the model of a config, with fresh weights unless the config names others.
+
+    Args:
+        config: From `preset`, or made by hand.
+        tokenizer: To be saved with the model.
+
+    Raises:
+        InputError: A value is out of range, or an encoder cannot be had.
+    """
+    return build_metris(config).with_parts(METRIS, tokenizer=tokenizer)
 
 
 def share(config: PushConfig) -> str:
@@ -50,7 +166,8 @@ def share(config: PushConfig) -> str:
     Raises:
         InputError: The checkpoint cannot be used, or the Hub refuses.
     """
-    url = push(load_checkpoint(config.checkpoint).model, config.repo, private=config.private or None)
+    checkpoint = load_checkpoint(config.checkpoint)
+    url = push(checkpoint, config.checkpoint, config.repo, private=config.private or None)
     print(json.dumps({"url": url}) if config.json else url)
     return url
 
@@ -65,7 +182,7 @@ def fetch(
 ) -> Path:
     """Give the folder of a checkpoint: ``source`` itself, or what the Hub has as OWNER/NAME.
 
-    A `Path` is never looked up on the Hub. The other arguments are `METRIS.from_pretrained`'s.
+    A `Path` is never looked up on the Hub. The other arguments are huggingface_hub's.
 
     Raises:
         InputError: There is none, or it cannot be fetched.
@@ -94,7 +211,8 @@ def fetch(
 
 
 def push(
-    model: METRIS,
+    checkpoint: Checkpoint,
+    source: Path | None,
     repo_id: str,
     *,
     private: bool | None = None,
@@ -104,7 +222,8 @@ def push(
     """Write a checkpoint with its card to a repository of the Hub, in place of the one that is there.
 
     Args:
-        model: With its config and its tokenizer.
+        checkpoint: Of a network, not of an exported file.
+        source: Folder of its run, whose settings and scores go along while the weights are still those.
         repo_id: OWNER/NAME; without OWNER the token's own. Made where it is not there.
         private: Of a new repository; None: as the Hub's settings say. True refuses one that is public.
         token: With the right to write. None: that of ``hf auth login``.
@@ -114,10 +233,9 @@ def push(
         The URL of the repository.
 
     Raises:
-        InputError: The model has no tokenizer, or the Hub refuses or cannot be reached.
+        InputError: The Hub refuses or cannot be reached.
     """
-    _refuse_incomplete(model, "push_to_hub")
-    _history(model)  # refuses broken scores before a repository is made
+    _history(checkpoint.model, source)  # refuses broken scores before a repository is made
     with tempfile.TemporaryDirectory() as room:
         try:
             api = huggingface_hub.HfApi(token=token, library_name=LIBRARY)
@@ -129,7 +247,7 @@ def push(
         if is_public:
             raise InputError(f"push to {repo_id}: is there and public; make it private, or name another")
         folder = Path(room) / "checkpoint"
-        save(model, folder, name=url.repo_id)
+        save(checkpoint, source, folder, name=url.repo_id)
         try:
             api.upload_folder(
                 repo_id=url.repo_id,
@@ -143,32 +261,32 @@ def push(
     return str(url)
 
 
-def save(model: METRIS, folder: Path, *, name: str | None = None) -> None:
+def save(checkpoint: Checkpoint, source: Path | None, folder: Path, *, name: str | None = None) -> None:
     """Write a checkpoint with its model card, whole or not at all; it replaces a checkpoint that is there.
 
-    What is known of the run (data, settings, scores) comes from the checkpoint that the model was loaded
-    from, and goes along as long as the weights are still those.
-
     Args:
-        model: With its config and its tokenizer.
+        checkpoint: Of a network, not of an exported file.
+        source: Folder of its run, whose settings and scores go along while the weights are still those.
         folder: New, empty, or a checkpoint with nothing else in it.
         name: For the card, OWNER/NAME. None: the folder's.
 
     Raises:
-        InputError: The model has no tokenizer, the folder holds something else, or it cannot be written.
+        InputError: The folder holds something else, or it cannot be written.
     """
-    _refuse_incomplete(model, "save_pretrained")
+    model = checkpoint.model
     folder = folder.resolve()
     # It is replaced as one piece: what else lies in it would be lost.
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if other := sorted(there - {CONFIG, WEIGHTS, TOKENIZER, METRICS, CARD, GENERATED}):
         raise InputError(f"{folder}: holds {other[0]}, which is no part of a checkpoint; give a new folder")
-    run, metrics = _history(model)
+    run, metrics = _history(model, source)
     started_from, generated = run.pop("model", {}), run.get("generated")
     config = to_yaml(replace(model.config, **started_from))
     public = _without_places({**run, "model": yaml.safe_load(config)})
     with written_whole(folder) as fresh:
-        start_checkpoint(fresh, yaml.safe_dump(public, sort_keys=False, allow_unicode=True), model.tokenizer)
+        start_checkpoint(
+            fresh, yaml.safe_dump(public, sort_keys=False, allow_unicode=True), checkpoint.tokenizer
+        )
         save_weights(fresh, model)
         if generated:
             (fresh / GENERATED).write_text(json.dumps(generated) + "\n", encoding="utf-8")
@@ -178,20 +296,20 @@ def save(model: METRIS, folder: Path, *, name: str | None = None) -> None:
         (fresh / CARD).write_text(str(card), encoding="utf-8")
 
 
-def _history(model: METRIS) -> tuple[dict[str, Any], dict[str, Any]]:
+def _history(model: network.METRIS, source: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """Give the run's settings and scores; both empty where the weights are not (or no longer) those of a run.
 
     Of the settings' section ``model`` only what the encoders started from is given.
     """
-    if model.source is None or not _has_weights_of(model, model.source):
+    if source is None or not _has_weights_of(model, source):
         return {}, {}
-    written = read_yaml(model.source / CONFIG, ModelConfig, section="model")
-    run = yaml.safe_load((model.source / CONFIG).read_text(encoding="utf-8"))
+    written = read_yaml(source / CONFIG, ModelConfig, section="model")
+    run = yaml.safe_load((source / CONFIG).read_text(encoding="utf-8"))
     started_from = ("pretrained", "image_weights", "text_weights")
     run["model"] = {key: written[key] for key in started_from if written.get(key) is not None}
-    if (model.source / GENERATED).is_file():
-        run["generated"] = json.loads((model.source / GENERATED).read_text(encoding="utf-8"))
-    path = model.source / METRICS
+    if (source / GENERATED).is_file():
+        run["generated"] = json.loads((source / GENERATED).read_text(encoding="utf-8"))
+    path = source / METRICS
     if not path.is_file():
         return run, {}
     try:
@@ -205,7 +323,7 @@ def _history(model: METRIS) -> tuple[dict[str, Any], dict[str, Any]]:
     return run, metrics
 
 
-def _has_weights_of(model: METRIS, folder: Path) -> bool:
+def _has_weights_of(model: network.METRIS, folder: Path) -> bool:
     try:
         theirs = load_weights(folder)
     except InputError:  # gone since
@@ -229,14 +347,6 @@ def _without_places(run: dict[str, Any]) -> dict[str, Any]:
     if isinstance(run.get("data"), dict):
         run["data"].pop("root", None)
     return run
-
-
-def _refuse_incomplete(model: METRIS, what: str) -> None:
-    if model.config is None:
-        raise InputError(f"{what}: the model has no config; build it with build_metris")
-    if model.tokenizer is None:
-        raise InputError(f"{what}: the model has no tokenizer; set model.tokenizer to that of its training")
-    refuse_larger(model.tokenizer, model.config, what)
 
 
 def _refusal(error: Exception) -> str:

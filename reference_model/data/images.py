@@ -93,6 +93,28 @@ def open_image(
     )
 
 
+def rgb_image(image: Image.Image | np.ndarray | str | Path) -> Image.Image:
+    """Take an image in any form that people have one in, and give it in RGB.
+
+    Args:
+        image: A path, opened upright as `open_image` does; a Pillow image, as it is stored; or an array
+            (h, w), (h, w, 3) or (h, w, 4) uint8.
+
+    Raises:
+        InputError: The file or the array is no such image.
+    """
+    if isinstance(image, Image.Image):
+        if image.mode == "F":
+            raise InputError("image", "has float pixels, which have no fixed range", "convert it to uint8")
+        return _rgb(image)
+    if not isinstance(image, np.ndarray):
+        return open_image(image)
+    if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,), (4,)):
+        got = f"is an array of shape {image.shape} and dtype {image.dtype}"
+        raise InputError("image", got, "give (h, w), (h, w, 3) or (h, w, 4) uint8, 0 to 255")
+    return _rgb(Image.fromarray(image))
+
+
 def image_size(image: str | Path | bytes, *, name: str | None = None) -> tuple[int, int]:
     """Read (height, width) of an image as a person sees it, pixels, from its header alone.
 

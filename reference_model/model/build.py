@@ -68,7 +68,7 @@ def _built(config: ModelConfig) -> METRIS:
             f"model: guidance_dim is {dim}, but the text encoder gives {language_dim} channels, and one "
             f"guidance set holds the tokens of both; set guidance_dim={language_dim}"
         )
-    model = METRIS(
+    return METRIS(
         image_encoder,
         text_encoder,
         _guidance(config, visual_dim, dim),
@@ -76,15 +76,14 @@ def _built(config: ModelConfig) -> METRIS:
         NoTargetHead(dim) if config.no_target else None,
         cues=config.cues,
         silent_ids=() if config.articles else config.article_ids,
+        # What the encoders turned out to be, wherever their weights came from: it builds them again without.
+        config=replace(
+            config,
+            image_encoder_options=image_encoder.options,
+            vocab_size=text_encoder.vocab_size,
+            text_encoder_options=text_encoder.options,
+        ),
     )
-    # What the encoders turned out to be, wherever their weights came from: this builds them again without.
-    model.config = replace(
-        config,
-        image_encoder_options=image_encoder.options,
-        vocab_size=text_encoder.vocab_size,
-        text_encoder_options=text_encoder.options,
-    )
-    return model
 
 
 def _layer(config: ModelConfig) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """Every choice of the network; the defaults are the paper's setting, or say where it is silent."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
+
+from reference_model.configs import build, preset_file, read_yaml, refuse_unknown
 
 GuidanceName = Literal["pure_le", "enhanced_le", "ve", "enhanced_le+pixels", "enhanced_le+ve"]
 
@@ -86,6 +88,23 @@ class ModelConfig:
     GMACs, which does not print it."""
     backend: Literal["auto", "eager", "sdpa", "xformers", "triton"] = "auto"
     """Kernel of every masked attention."""
+
+
+def preset(name: str, **changes: Any) -> ModelConfig:
+    """Give the network of a preset: metris_swin_b, metris_swin_b_lite, metris_paper, metris_tiny.
+
+    Args:
+        name: Of a file in ``reference_model/presets``.
+        changes: Fields of `ModelConfig` that shall have other values, such as ``ratio=0.5``.
+
+    Raises:
+        InputError: There is no preset or no field of this name, or a value has the wrong type.
+    """
+    source = f"preset {name}"
+    values = read_yaml(preset_file(name), ModelConfig, section="model")
+    for key in changes.keys() - {one.name for one in fields(ModelConfig)}:
+        refuse_unknown(source, key, ModelConfig)
+    return build(ModelConfig, values | changes, source=source)
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,12 @@
 """METRIS: image + sentence -> mask logits, guided by linguistic and visual expression tokens."""
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerBase
 
 from reference_model.model.config import ModelConfig
 from reference_model.model.guidance import Guidance
@@ -18,6 +16,9 @@ from reference_model.model.no_target import NoTargetHead
 from reference_model.model.text_encoder import TextEncoder
 
 Cues = Literal["all", "global", "local"]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class ImageFeatures(NamedTuple):
@@ -64,6 +65,7 @@ class METRIS(nn.Module):
         no_target: Tells sentences that name nothing; None: every sentence has a target.
         cues: Expression tokens that get a visual one: all, the global or the local ones (Table 6b).
         silent_ids: Token ids that get none, such as those of articles (Table 9).
+        config: What builds the same network again; `build_metris` gives it.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class METRIS(nn.Module):
         *,
         cues: Cues = "all",
         silent_ids: Sequence[int] = (),
+        config: ModelConfig | None = None,
     ) -> None:
         super().__init__()
         self.image_encoder = image_encoder
@@ -85,68 +88,42 @@ class METRIS(nn.Module):
         self.no_target = no_target
         self.cues = cues
         self.silent_ids = tuple(silent_ids)
-        # What sharing needs: `build_metris` sets the first, whoever has a tokenizer the second, loading all.
-        self.config: ModelConfig | None = None
-        self.tokenizer: PreTrainedTokenizerBase | None = None
-        self.source: Path | None = None
+        self.config = config
+        # Not in the state dict: they are the same for all, and old checkpoints do not hold them.
+        for name, values in (("pixel_mean", IMAGENET_MEAN), ("pixel_std", IMAGENET_STD)):
+            self.register_buffer(name, torch.tensor(values).reshape(3, 1, 1), persistent=False)
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        source: str | Path,
-        *,
-        revision: str | None = None,
-        token: str | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-        device: torch.device | str = "cpu",
-        strict: bool = True,
-    ) -> "METRIS":
-        """Load a checkpoint, ready for inference, with its ``config`` and ``tokenizer``.
+    def with_parts(self, kind: "type[METRIS] | None" = None, **changes: Any) -> "METRIS":
+        """Put the same modules, but for ``changes``, into another METRIS; this one stays as it is.
 
         Args:
-            source: Folder that train or `save_pretrained` wrote, or OWNER/NAME on the Hugging Face Hub.
-            revision: Branch, tag or commit, on the Hub.
-            token: Of the Hub, for what is not public. None: that of ``hf auth login``, where there is one.
-            cache_dir: Where the Hub's files are kept. None: huggingface_hub's place.
-            local_files_only: Take the Hub's files from that place alone.
-            device: Where the model goes.
-            strict: Refuse a checkpoint that lacks weights or has others; False warns and loads what fits.
-
-        Raises:
-            InputError: The checkpoint cannot be had, is broken, or does not fit its config.
+            kind: Its class. None: that of this one.
+            changes: Keyword arguments of its constructor.
         """
-        from reference_model.checkpoints import checkpoint
-        from reference_model.checkpoints import hub as sharing
+        names = ("image_encoder", "text_encoder", "guidance", "decoder", "no_target")
+        same = {name: getattr(self, name) for name in (*names, "cues", "silent_ids", "config")}
+        return (kind or type(self))(**same | changes).train(self.training).to(self.device)
 
-        folder = sharing.fetch(
-            source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
-        )
-        return checkpoint.load_checkpoint(folder, device=device, strict=strict).model
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write a checkpoint with a model card, whole or not at all; as `sharing.save`."""
-        from reference_model.checkpoints import hub as sharing
-
-        sharing.save(self, Path(folder))
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        token: str | None = None,
-        commit_message: str = "Upload METRIS",
-    ) -> str:
-        """Upload a checkpoint with a model card to the Hugging Face Hub; as `sharing.push`."""
-        from reference_model.checkpoints import hub as sharing
-
-        return sharing.push(self, repo_id, private=private, token=token, commit_message=commit_message)
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.pixel_mean.device
 
     def encode_image(self, image: Tensor) -> ImageFeatures:
-        """(b, 3, h, w), ImageNet-normalised -> features, once per image."""
+        """Encode images, once for any number of sentences.
+
+        Args:
+            image: (b, 3, h, w) uint8 RGB, 0 to 255; or floating point, normalised as `normalize` does it.
+        """
         h, w = image.shape[-2:]
-        return ImageFeatures(self.image_encoder(image), (h, w))
+        return ImageFeatures(self.image_encoder(self.normalize(image)), (h, w))
+
+    def normalize(self, image: Tensor) -> Tensor:
+        """Turn (..., 3, h, w) uint8 RGB into float32 with ImageNet's mean and deviation; pass floats on."""
+        if image.dtype != torch.uint8:
+            return image
+        # In place after the first copy: half the time of (x / 255 - mean) / std, to the same bit.
+        return image.to(torch.float32, copy=True).div_(255).sub_(self.pixel_mean).div_(self.pixel_std)
 
     def refer(
         self,
@@ -189,7 +166,7 @@ class METRIS(nn.Module):
         *,
         return_maps: bool = False,
     ) -> MetrisOutput:
-        """Encode (u, 3, h, w) images, ImageNet-normalised, and refer to them; the rest as in `refer`."""
+        """Encode (u, 3, h, w) images and refer to them; arguments as in `encode_image` and `refer`."""
         features = self.encode_image(image)
         return self.refer(features, token_ids, language_mask, image_index, return_maps=return_maps)
 

@@ -236,16 +236,8 @@ def _predictor(
     ]
     if listed and place()[0] == 0:
         report_overlong(checkpoint.tokenizer, listed, checkpoint.config.max_tokens)
-    return "METRIS", MetrisPredictor(
-        checkpoint.model,
-        checkpoint.tokenizer,
-        image_size=checkpoint.config.image_size,
-        max_tokens=checkpoint.config.max_tokens,
-        batch_size=config.batch_size,
-        workers=config.data.workers,
-        device=device,
-        on_error=config.data.on_error,
-    )
+    options = {"batch_size": config.batch_size, "workers": config.data.workers}
+    return "METRIS", MetrisPredictor.of(checkpoint, **options, on_error=config.data.on_error)
 
 
 def _provenance(config: EvaluateConfig, reader: Reader, protocol: Protocol) -> dict[str, Any]:

@@ -1,34 +1,24 @@
 """METRIS as a predictor: batches of whole images, encoded once for all of their sentences."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
+from reference_model.checkpoints.checkpoint import Checkpoint
 from reference_model.data.readers.reader import OnError
 from reference_model.data.records import Record
-from reference_model.data.transforms import image_pixels, normalized
+from reference_model.data.transforms import image_pixels
 from reference_model.model.metris import METRIS, MetrisOutput
 from reference_model.processes import outlive_sigterm
-from reference_model.scoring.answers import Answer, resized
+from reference_model.scoring.answers import Answer
 from reference_model.scoring.predictors import Answers, Groups, opened
-from reference_model.scoring.protocols import PROTOCOLS
 from reference_model.tokens import tokenize
-
-
-class Prediction(NamedTuple):
-    """What a model's answer comes to at one size."""
-
-    mask: np.ndarray
-    """(height, width) bool."""
-    no_target: float | None
-    """Probability that nothing in the image is meant, 0 to 1; None from a model without that classifier."""
 
 
 class _Feed(NamedTuple):
@@ -100,6 +90,13 @@ class MetrisPredictor:
     device: torch.device | str = "cpu"
     on_error: OnError = "stop"
 
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, **options: Any) -> "MetrisPredictor":
+        """Make a predictor of a checkpoint; ``options``: batch_size, workers and on_error."""
+        config = checkpoint.config
+        sizes = {"image_size": config.image_size, "max_tokens": config.max_tokens}
+        return cls(checkpoint.model, checkpoint.tokenizer, **sizes, device=checkpoint.device, **options)
+
     def __call__(self, groups: Groups) -> Answers:
         """Yield each record with its answer, logits at the model's size."""
         # batch_size=None: what is loaded are batches already.
@@ -117,7 +114,7 @@ class MetrisPredictor:
             for images, index, token_ids, language_mask, records in loader:
                 with torch.inference_mode():
                     pixels, *rest = (x.to(self.device) for x in (images, token_ids, language_mask, index))
-                    output = self.model(normalized(pixels), *rest)
+                    output = self.model(pixels, *rest)
                 yield from zip(records, answers_of(output), strict=True)
         finally:
             self.model.train(training)
@@ -129,35 +126,3 @@ def answers_of(output: MetrisOutput) -> list[Answer]:
     if output.no_target is not None:
         absent = output.no_target.float().sigmoid().tolist()
     return [Answer(logits, True, probability) for logits, probability in zip(output.logits, absent)]
-
-
-def predictions(
-    output: MetrisOutput,
-    sizes: Sequence[tuple[int, int]],
-    *,
-    threshold: float = 0.5,
-    no_target_threshold: float = 0.5,
-) -> list[Prediction]:
-    """Turn the output of a model about b sentences into masks, by protocol metris.
-
-    Args:
-        output: Of the model.
-        sizes: b heights and widths, those of the images themselves, pixels.
-        threshold: Probability above which a pixel belongs to the mask, in (0, 1).
-        no_target_threshold: Probability of "no target" above which the mask is empty, in (0, 1).
-    """
-    found = []
-    for answer, (height, width) in zip(answers_of(output), sizes, strict=True):
-        logits, absent = answer.mask, answer.no_target
-        if absent is not None and absent > no_target_threshold:
-            mask = np.zeros((height, width), dtype=bool)
-        else:
-            mask = mask_at(logits, height, width, threshold=threshold)
-        found.append(Prediction(mask, absent))
-    return found
-
-
-def mask_at(logits: Tensor, height: int, width: int, *, threshold: float = 0.5) -> np.ndarray:
-    """Bring (h, w) logits to (height, width), the image's own size, bilinearly; True above ``threshold``."""
-    protocol = replace(PROTOCOLS["metris"], threshold=threshold)
-    return resized(Answer(logits, True, None), height, width, protocol).mask

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from reference_model.data.collate import Batch
-from reference_model.data.transforms import normalized
 from reference_model.model.loss import Losses, MetrisLoss
 from reference_model.model.metris import METRIS
 from reference_model.training import distributed as scale
@@ -87,7 +86,7 @@ class Learner:
             with scale.without_averaging(self.objective, last=i == len(micro_batches)):
                 with self.accelerator.autocast():
                     losses: Losses = self.objective(
-                        normalized(batch.images),
+                        batch.images,
                         batch.image_index,
                         batch.token_ids,
                         batch.language_mask,

@@ -95,7 +95,6 @@ def _train(config: TrainConfig, accelerator: Accelerator, stop: "Stop", *, unfin
 
     # Model, loss, optimiser
     model = build_metris(model_config)
-    model.tokenizer = tokenizer
     if len(tokenizer) > model.text_encoder.vocab_size:
         sizes = f"{len(tokenizer)} entries, but the text encoder {model.text_encoder.vocab_size}"
         raise InputError(f"tokenizer: has {sizes}; give the vocabulary that came with its weights")

@@ -1,6 +1,7 @@
 """An image encoded once, and what the model makes of sentences: masks and all on the way to them."""
 
 import copy
+from dataclasses import replace
 from itertools import chain
 from typing import NamedTuple
 
@@ -13,10 +14,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from reference_model.checkpoints.checkpoint import Checkpoint
-from reference_model.data.transforms import image_tensor
+from reference_model.data.transforms import probabilities_at
 from reference_model.files import InputError
 from reference_model.model.metris import METRIS, ImageFeatures, MetrisOutput
-from reference_model.scoring.metris_predictor import mask_at
 from reference_model.tokens import tokenize
 
 
@@ -61,7 +61,7 @@ class Explanation(NamedTuple):
 
     def mask(self, height: int, width: int, *, threshold: float = 0.5) -> np.ndarray:
         """(height, width) bool; where ``no_target`` is above 0.5 the caller may withdraw it."""
-        return mask_at(self.logits, height, width, threshold=threshold)
+        return (probabilities_at(self.logits[None], height, width)[0] > threshold).numpy()
 
     def confidence(self, *, threshold: float = 0.5) -> float:
         """Mean probability of the pixels inside the mask, 0 to 1; 0 where it is empty."""
@@ -71,10 +71,7 @@ class Explanation(NamedTuple):
 
 def encode(checkpoint: Checkpoint, image: Image.Image) -> Encoded:
     """Encode an RGB image of any size; the encoder never sees language, so this is done once."""
-    device = next(checkpoint.model.parameters()).device
-    with torch.inference_mode():
-        pixels = image_tensor(image, checkpoint.config.image_size)[None].to(device)
-        return Encoded(image, checkpoint.model.encode_image(pixels))
+    return Encoded(image, checkpoint.encode(image))
 
 
 def explain(
@@ -92,17 +89,8 @@ def explain(
         InputError: A sentence has no word, or ``ratio`` is out of range or the model curates nothing.
     """
     model = checkpoint.model if ratio is None else with_ratio(checkpoint.model, ratio)
-    tokens = tokenize(checkpoint.tokenizer, expressions, checkpoint.config.max_tokens)
-    device = next(model.parameters()).device
-    index = torch.zeros(len(expressions), dtype=torch.long, device=device)
-    with torch.inference_mode():
-        output = model.refer(
-            encoded.features,
-            tokens.token_ids.to(device),
-            tokens.language_mask.to(device),
-            index,
-            return_maps=True,
-        )
+    tokens = tokenize(checkpoint.tokenizer, expressions, checkpoint.config.max_tokens, warn=False)
+    output = replace(checkpoint, model=model).refer(encoded.features, expressions, return_maps=True)
     pieces = [[named(checkpoint.tokenizer, i) for i in row.tolist()] for row in tokens.token_ids]
     return [
         _explanation(model, output, row, expression, pieces[row], tokens.language_mask[row])
@@ -126,17 +114,7 @@ def with_ratio(model: METRIS, ratio: float) -> METRIS:
     shared = {id(x): x for x in chain(model.guidance.parameters(), model.guidance.buffers())}
     guidance = copy.deepcopy(model.guidance, shared)
     guidance.extractor.curation.ratio = ratio
-    other = METRIS(
-        model.image_encoder,
-        model.text_encoder,
-        guidance,
-        model.decoder,
-        model.no_target,
-        cues=model.cues,
-        silent_ids=model.silent_ids,
-    )
-    other.config = model.config
-    return other.train(model.training)
+    return model.with_parts(guidance=guidance)
 
 
 def unknown_words(checkpoint: Checkpoint, expression: str) -> list[str]:

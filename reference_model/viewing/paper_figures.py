@@ -5,6 +5,7 @@ import json
 import re
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,6 @@ from reference_model.scoring.metrics import SegmentationMetrics
 from reference_model.scoring.metris_predictor import answers_of
 from reference_model.scoring.protocols import PROTOCOLS
 from reference_model.scoring.table import aligned
-from reference_model.tokens import tokenize
 from reference_model.viewing.config import FiguresConfig
 from reference_model.viewing.explain import Encoded, encode, explain, with_ratio
 from reference_model.viewing.runs import (
@@ -171,18 +171,12 @@ def sweep(
     }
     metrics = {r: SegmentationMetrics(protocol) for r in models}
     curve = PrecisionRecall()
-    device = next(checkpoint.model.parameters()).device
     for records in tqdm(groups, desc=title, unit="image", leave=False, disable=None):
         truths = [record.mask() for record in records]
-        tokens = tokenize(
-            checkpoint.tokenizer, [r.expression for r in records], checkpoint.config.max_tokens, warn=False
-        )
-        features = encode(checkpoint, image_of(records[0])).features
-        index = torch.zeros(len(records), dtype=torch.long, device=device)
+        features = checkpoint.encode(image_of(records[0]))
+        sentences = [record.expression for record in records]
         for ratio, model in models.items():
-            with torch.inference_mode():
-                ids, mask = tokens.token_ids.to(device), tokens.language_mask.to(device)
-                output = model.refer(features, ids, mask, index)
+            output = replace(checkpoint, model=model).refer(features, sentences)
             for record, truth, answer in zip(records, truths, answers_of(output), strict=True):
                 found, probability = resized(answer, *truth.shape, protocol)
                 withdrawn = None if answer.no_target is None else answer.no_target > 0.5

@@ -6,17 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from tqdm import tqdm
 
 from reference_model.checkpoints.checkpoint import Checkpoint
-from reference_model.checkpoints.export import load
+from reference_model.checkpoints.hub import load
 from reference_model.data.datasets import read
 from reference_model.data.images import open_image
-from reference_model.data.transforms import image_tensor
 from reference_model.files import InputError, refuse_unwritable, written_whole
-from reference_model.scoring.metris_predictor import Prediction, predictions
 from reference_model.scoring.outcome import outcome
 from reference_model.scoring.table import aligned
 from reference_model.tokens import tokenize
@@ -27,55 +24,12 @@ from reference_model.viewing.overlay import TRUTH, captioned, overlay
 from reference_model.viewing.runs import image_of, tell_left_out
 
 
-def predict_masks(
-    checkpoint: Checkpoint, image: Image.Image, expressions: list[str], *, threshold: float = 0.5
-) -> list[np.ndarray]:
-    """Predict k bool masks (height, width), one per sentence; all as in `answers`."""
-    return [found.mask for found in answers(checkpoint, image, expressions, threshold=threshold)]
-
-
-def answers(
-    checkpoint: Checkpoint,
-    image: Image.Image,
-    expressions: list[str],
-    *,
-    threshold: float = 0.5,
-    no_target_threshold: float = 0.5,
-) -> list[Prediction]:
-    """Predict one mask per sentence; the image is encoded once.
-
-    Args:
-        checkpoint: A loaded model, or an exported one.
-        image: RGB image of any size.
-        expressions: k sentences.
-        threshold: Probability above which a pixel belongs to the mask, in (0, 1).
-        no_target_threshold: Probability of "no target" above which the mask is empty, in (0, 1).
-
-    Returns:
-        k masks of the image's own size, and the probabilities that nothing is meant.
-
-    Raises:
-        InputError: A sentence has no word.
-    """
-    model, device = checkpoint.model, checkpoint.device
-    tokens = tokenize(checkpoint.tokenizer, expressions, checkpoint.config.max_tokens)
-    pixels = image_tensor(image, checkpoint.config.image_size)[None].to(device)
-    index = torch.zeros(len(expressions), dtype=torch.long, device=device)
-    with torch.inference_mode():
-        output = model(pixels, tokens.token_ids.to(device), tokens.language_mask.to(device), index)
-    sizes = [(image.height, image.width)] * len(expressions)
-    return predictions(output, sizes, threshold=threshold, no_target_threshold=no_target_threshold)
-
-
 def predict(config: PredictConfig) -> list[Path]:
     """Run the command ``predict`` and return the files it wrote.
 
     Raises:
         InputError: The checkpoint, image, sentence, data or place to write cannot be used.
     """
-    for name in ("threshold", "no_target_threshold"):
-        if not 0 < getattr(config, name) < 1:
-            raise InputError(f"{name}: must be in (0, 1), got {getattr(config, name):g}; 0.5 is usual")
     if config.data is None and (config.image is None or not (config.expression or _lists(config.image))):
         raise InputError('predict: give --image and --expression "the red boat", or --data.root and --split')
     if config.data is not None and config.image is not None:
@@ -196,9 +150,12 @@ def _of_samples(config: PredictConfig, checkpoint: Checkpoint) -> list[dict]:
 
 def _answers(
     config: PredictConfig, checkpoint: Checkpoint, image: Image.Image, expressions: list[str]
-) -> list[Prediction]:
-    thresholds = {"threshold": config.threshold, "no_target_threshold": config.no_target_threshold}
-    return answers(checkpoint, image, expressions, **thresholds)
+) -> list[tuple[np.ndarray, float | None]]:
+    """Give the mask of each sentence, and the probability that nothing is meant."""
+    cuts = {"threshold": config.threshold, "no_target_threshold": config.no_target_threshold}
+    found = checkpoint.predict(image, expressions, **cuts, return_scores=True)
+    absent = [None] * len(expressions) if found.no_target is None else found.no_target.tolist()
+    return list(zip(found.masks, absent))
 
 
 def _title(config: PredictConfig, absent: float | None, usual: str) -> str:

@@ -30,7 +30,6 @@ from reference_model.files import InputError
 from reference_model.model.metris import METRIS
 from reference_model.synthetic.config import GenerateConfig
 from reference_model.viewing.explain import Explanation, encode, explain
-from reference_model.viewing.predict import predict_masks
 from tests.support.browser import opened, screenshot
 
 SENTENCES = ["the large red star", "lowest thing", "zeppelin"]
@@ -97,7 +96,7 @@ def test_sentences_that_cannot_be_asked_get_a_message(checkpoint, photos, lines,
 def test_files_to_download_hold_the_masks_of_predict(checkpoint, photos):
     session = ask(checkpoint, photos[0], "\n".join(SENTENCES))
     image = open_image(photos[0])
-    expected = predict_masks(checkpoint, image, SENTENCES, threshold=0.2)
+    expected = checkpoint.predict(image, SENTENCES, threshold=0.2)
     cut = web_session.cut_at(session, 0.2)
     shown, legend = web_session.painted(cut, 1.0), web_session.legend(cut.rows)
     pictures, runs, plain = map(Path, cut.files)
@@ -396,7 +395,7 @@ def test_demo_without_a_checkpoint_is_trained_once(tmp_path, capsys):
 
 
 def test_demo_of_the_app_is_that_of_make():
-    recipe = (Path(__file__).parents[2] / "Makefile").read_text().replace("$(DEMO)", "demo")
+    recipe = (Path(__file__).parents[3] / "Makefile").read_text().replace("$(DEMO)", "demo")
     line = re.search(r"metris generate (--root demo/data .*)", recipe)[1]
     assert replace(parse("generate", line.split()), root=command.DEMO.root) == command.DEMO
     assert "metris train --preset metris_tiny --data.root demo/data --out demo/run" in recipe

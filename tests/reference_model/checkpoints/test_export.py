@@ -17,14 +17,12 @@ from reference_model.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from reference_model.checkpoints.export import selection
 from reference_model.cli import main
 from reference_model.configs import build, preset_file, read_yaml
-from reference_model.data.transforms import open_image
 from reference_model.files import InputError
 from reference_model.model.build import build_metris
 from reference_model.model.config import ModelConfig
 from reference_model.model.metris import METRIS
 from reference_model.tokens import build_tokenizer
 from reference_model.training.config import TrainConfig
-from reference_model.viewing.predict import answers
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -82,9 +80,8 @@ def test_predict_takes_the_file_in_place_of_the_checkpoint(file, run, scenes, tm
         out = ["--out", str(tmp_path / f"{name}.png")]
         assert main(["predict", "--checkpoint", str(source), *arguments, *out]) == 0
     assert np.array_equal(*(np.array(Image.open(tmp_path / f"{name}.png")) for name in ("mine", "theirs")))
-    together = answers(export.load(file), open_image(photo), ["star", "the large blue circle on the left"])
-    alone = answers(load_checkpoint(run), open_image(photo), ["star"])
-    assert np.array_equal(together[0].mask, alone[0].mask)
+    together = export.load(file).predict(photo, ["star", "the large blue circle on the left"])
+    assert np.array_equal(together[:1], load_checkpoint(run).predict(photo, ["star"]))
 
 
 def test_file_tells_other_programs_how_to_use_it(file, run):
@@ -108,8 +105,8 @@ def test_file_tells_other_programs_how_to_use_it(file, run):
 
 def test_chat_template_of_a_tokenizer_is_no_part_of_the_file(run, tmp_path):
     checkpoint = load_checkpoint(run)
-    checkpoint.model.tokenizer.chat_template = "{{ messages }}"
-    export.save_exported(checkpoint.model, tmp_path / "a.pt2", format="pt2", recipe={})
+    checkpoint.tokenizer.chat_template = "{{ messages }}"
+    export.save_exported(checkpoint, tmp_path / "a.pt2", format="pt2")
     ids = [
         found.tokenizer("the red star")["input_ids"]
         for found in (export.load(tmp_path / "a.pt2"), checkpoint)
@@ -138,7 +135,8 @@ def test_export_refuses_in_one_line(arguments, says, run, tmp_path, monkeypatch,
 
 
 def test_file_that_differs_from_the_model_is_not_written(run, tmp_path, monkeypatch):
-    model, program = load_checkpoint(run).model, export.export_program
+    checkpoint, program = load_checkpoint(run), export.export_program
+    model = checkpoint.model
 
     def spoilt(model):
         found = program(model)
@@ -151,7 +149,7 @@ def test_file_that_differs_from_the_model_is_not_written(run, tmp_path, monkeypa
     (tmp_path / "a.pt2").write_text("mine")
     monkeypatch.setattr(export, "load_exported", undone(export.load_exported, model, before))
     with pytest.raises(InputError, match=r"a\.pt2: not written, its logits differ from the model's by"):
-        export.save_exported(model, tmp_path / "a.pt2", format="pt2", recipe={})
+        export.save_exported(checkpoint, tmp_path / "a.pt2", format="pt2")
     assert (tmp_path / "a.pt2").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
 
 
@@ -261,7 +259,7 @@ def test_onnx_beyond_its_size_is_refused_before_any_work(run, tmp_path, monkeypa
     monkeypatch.setattr(export, "_ONNX_BYTES", 1000)
     monkeypatch.setattr(export, "export_program", None)
     with pytest.raises(InputError, match=r"GiB of weights.*--format pt2"):
-        export.save_exported(load_checkpoint(run).model, tmp_path / "a.onnx", format="onnx", recipe={})
+        export.save_exported(load_checkpoint(run), tmp_path / "a.onnx", format="onnx")
 
 
 @pytest.mark.parametrize("suffix", ["onnx", "pt2"])
@@ -321,17 +319,16 @@ VARIANTS = {
 
 
 def with_tokenizer(config: ModelConfig):
-    model = build_metris(config).eval()
-    model.tokenizer = build_tokenizer(["the red star"])
-    return model
+    return Checkpoint(build_metris(config).eval(), build_tokenizer(["the red star"]), config)
 
 
-def assert_exports(model: METRIS, out: Path, monkeypatch, longest: int) -> None:
+def assert_exports(checkpoint: Checkpoint, out: Path, monkeypatch, longest: int) -> None:
     """Hold the program and its ONNX against the model, which has been training."""
+    model = checkpoint.model.train()
     programs, trace = [], export.export_program
     monkeypatch.setattr(export, "export_program", lambda model: programs.append(trace(model)) or programs[0])
     attention = model.text_encoder.bert.config._attn_implementation
-    found = export.save_exported(model.train(), out, format="onnx", recipe={})
+    found = export.save_exported(checkpoint, out, format="onnx")
     assert found.turned == 0 and all(part.training for part in model.modules())
     assert model.text_encoder.bert.config._attn_implementation == attention != "eager"
     onnx, run = export.load(out), programs[0].module()

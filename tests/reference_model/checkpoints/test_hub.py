@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
+from reference_model import METRIS, build
 from reference_model.checkpoints import hub as sharing
 from reference_model.checkpoints.checkpoint import RENAMED, load_checkpoint, save_weights, start_checkpoint
 from reference_model.cli import main
@@ -23,7 +24,6 @@ from reference_model.data.config import DataConfig
 from reference_model.files import InputError
 from reference_model.model.build import build_metris
 from reference_model.model.config import ModelConfig
-from reference_model.model.metris import METRIS
 from reference_model.tokens import build_tokenizer
 from reference_model.training.config import TrainConfig
 
@@ -59,9 +59,7 @@ def run(finished, tmp_path) -> Path:
 
 @pytest.fixture
 def fresh(small) -> METRIS:
-    model = build_metris(small).eval()
-    model.tokenizer = build_tokenizer(["the red boat"])
-    return model
+    return build(small, tokenizer=build_tokenizer(["the red boat"])).eval()
 
 
 @pytest.fixture
@@ -193,11 +191,11 @@ def test_folder_with_anything_else_in_it_is_never_replaced(run, fresh, tmp_path)
 
 
 def test_model_without_tokenizer_is_neither_saved_nor_pushed(small, hub, tmp_path):
-    model = build_metris(small)
-    assert "has no tokenizer; set model.tokenizer" in refusal(model.save_pretrained, tmp_path / "shared")
-    assert "has no tokenizer; set model.tokenizer" in refusal(model.push_to_hub, "me/metris")
-    model.tokenizer = build_tokenizer([f"word{i}" for i in range(100)])
-    assert "but the model has vocab_size 120" in refusal(model.save_pretrained, tmp_path / "shared")
+    model = build(small)
+    for call, place in ((model.save_pretrained, tmp_path / "shared"), (model.push_to_hub, "me/metris")):
+        assert "the model has no tokenizer" in refusal(call, place)
+        larger = build_tokenizer([f"word{i}" for i in range(100)])
+        assert "but the model has vocab_size 120" in refusal(call, place, tokenizer=larger)
     assert list(tmp_path.iterdir()) == [] and hub.calls == []
 
 
@@ -344,7 +342,7 @@ def test_push_uploads_exactly_a_checkpoint_with_its_card(run, hub):
     assert (created["private"], created["exist_ok"], uploaded["commit_message"]) == (True, True, "hello")
     # What an earlier push left there and this one lacks would pass for this model's.
     assert {"metrics.json", "tokenizer/*"} <= set(uploaded["delete_patterns"])
-    assert 'METRIS.from_pretrained("somebody/metris")' in hub.files["README.md"].decode()
+    assert 'load("somebody/metris")' in hub.files["README.md"].decode()
 
 
 def test_private_push_onto_a_public_repository_is_refused_before_the_upload(run, hub):
@@ -463,7 +461,7 @@ def test_example_of_the_card_runs_as_printed(run, tmp_path, monkeypatch):
     (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "shared" / "README.md").read_text(), re.DOTALL)
     names = {}
     exec(compile(code, "README.md", "exec"), names)
-    assert names["masks"].shape == (2, 64, 64) and names["masks"].dtype == torch.bool
+    assert names["masks"].shape == (2, 50, 70) and names["masks"].dtype == bool
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"val": 3}', '{"val": {"METRIS": 3}}'])

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import EpsImagePlugin, Image, ImageOps
 
 from reference_model.data.images import image_size, mask_size, open_image, open_mask
-from reference_model.data.transforms import image_pixels, image_tensor, resize_mask
+from reference_model.data.transforms import image_pixels, resize_mask
 from reference_model.files import InputError
 
 
@@ -354,15 +354,6 @@ def test_resized_pixels_are_pillows_but_for_a_rounding(height_width, size, seed)
 def test_image_of_the_right_size_keeps_its_pixels():
     pixels = image_pixels(Image.fromarray(gradient(8, 8)), 8)
     np.testing.assert_array_equal(pixels.numpy().transpose(1, 2, 0), gradient(8, 8))
-
-
-def test_image_tensor_undoes_to_the_pixels_by_imagenet_statistics():
-    pixels = gradient(8, 8)
-    tensor = image_tensor(Image.fromarray(pixels), 8)
-    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-    restored = (tensor.numpy().transpose(1, 2, 0) * std + mean) * 255
-    np.testing.assert_allclose(restored, pixels, atol=1e-3)
-    assert tensor.dtype == torch.float32 and tensor.is_contiguous()
 
 
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 12), st.integers(1, 12), st.integers(0, 99))

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,31 +12,34 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from reference_model.checkpoints.checkpoint import load_checkpoint
+from reference_model.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from reference_model.cli import main
 from reference_model.data.config import DataConfig
 from reference_model.data.datasets import read
-from reference_model.data.transforms import open_image
+from reference_model.data.images import open_image
 from reference_model.files import InputError
 from reference_model.model.build import build_metris
+from reference_model.model.config import ModelConfig
 from reference_model.model.guidance import Guided
 from reference_model.model.loss import MetrisLoss
 from reference_model.model.metris import MetrisOutput
 from reference_model.model.no_target import NoTargetHead
+from reference_model.scoring.answers import Answer, resized
 from reference_model.scoring.config import EvaluateConfig
 from reference_model.scoring.evaluate import evaluate
 from reference_model.scoring.evaluator import Evaluator
 from reference_model.scoring.metrics import SegmentationMetrics
-from reference_model.scoring.metris_predictor import MetrisPredictor, mask_at, predictions
+from reference_model.scoring.metris_predictor import MetrisPredictor
 from reference_model.scoring.protocols import PROTOCOLS
 from reference_model.scoring.table import score_table
 from reference_model.synthetic.config import GenerateConfig
 from reference_model.synthetic.generate import generate
+from reference_model.tokens import build_tokenizer
 from reference_model.training import run as training
 from reference_model.training.train import train
 from reference_model.viewing import predict as viewing
 from reference_model.viewing.config import PredictConfig
-from reference_model.viewing.predict import answers, predict, predict_masks
+from reference_model.viewing.predict import predict
 
 # ---- the classifier -----------------------------------------------------------------------------
 
@@ -104,30 +108,40 @@ def output_of(no_target, logits=None):
     return MetrisOutput(logits, None, None, (1, 1), (1, 1), torch.tensor(no_target), None)
 
 
+def predicted(output, size, **options):
+    """What a checkpoint whose model gives this output predicts about an image of this size."""
+    model = SimpleNamespace(device="cpu", encode_image=lambda x: None, refer=lambda *_, **__: output)
+    checkpoint = Checkpoint(model, build_tokenizer(["star"]), ModelConfig(image_size=8))
+    image = np.zeros((*size, 3), np.uint8)
+    return checkpoint.predict(image, ["star"] * len(output.logits), **options, return_scores=True)
+
+
 @given(
     st.lists(st.floats(-8, 8, width=32), min_size=1, max_size=5),
     st.floats(0.01, 0.99),
 )
 def test_mask_is_empty_exactly_above_the_threshold(logits, threshold):
-    found = predictions(output_of(logits), [(6, 5)] * len(logits), no_target_threshold=threshold)
-    for logit, prediction in zip(logits, found, strict=True):
+    found = predicted(output_of(logits), (6, 5), no_target_threshold=threshold)
+    for logit, mask, absent in zip(logits, found.masks, found.no_target, strict=True):
         probability = torch.tensor(logit).sigmoid().item()
-        assert prediction.no_target == pytest.approx(probability, abs=1e-6)
-        assert prediction.mask.shape == (6, 5) and prediction.mask.any() == (probability <= threshold)
+        assert absent == pytest.approx(probability, abs=1e-6)
+        assert mask.shape == (6, 5) and mask.any() == (probability <= threshold)
 
 
 def test_logit_of_zero_is_a_target_at_the_usual_threshold():
-    below, at, above = predictions(output_of([-1e-3, 0.0, 1e-3]), [(4, 4)] * 3)
-    assert below.mask.all() and at.mask.all() and not above.mask.any()
+    below, at, above = predicted(output_of([-1e-3, 0.0, 1e-3]), (4, 4)).masks
+    assert below.all() and at.all() and not above.any()
 
 
 def test_model_without_classifier_empties_no_mask():
     logits = torch.randn(2, 4, 4)
     output = MetrisOutput(logits, None, None, (1, 1), (1, 1), None, None)
-    found = predictions(output, [(7, 9), (3, 2)], threshold=0.3, no_target_threshold=0.01)
-    for prediction, row, (height, width) in zip(found, logits, [(7, 9), (3, 2)]):
-        assert prediction.no_target is None
-        np.testing.assert_array_equal(prediction.mask, mask_at(row, height, width, threshold=0.3))
+    protocol = replace(PROTOCOLS["metris"], threshold=0.3)
+    for size in ((7, 9), (3, 2), (4, 4)):
+        found = predicted(output, size, threshold=0.3, no_target_threshold=0.01)
+        assert found.no_target is None
+        for row, mask in zip(logits, found.masks, strict=True):
+            np.testing.assert_array_equal(mask, resized(Answer(row, True, None), *size, protocol).mask)
 
 
 # ---- metrics ------------------------------------------------------------------------------------
@@ -245,8 +259,8 @@ def test_evaluation_equals_scoring_each_prediction_alone(any_run, any_data, tmp_
         scores = evaluate(config)["testA"]
         checkpoint, metrics = load_checkpoint(any_run), SegmentationMetrics()
         for record in read(any_data).records("testA"):
-            (found,) = answers(checkpoint, open_image(record.image), [record.expression], **usual)
-            metrics.update(found.mask, record.mask(), target=not record.no_target)
+            (mask,) = checkpoint.predict(record.image, [record.expression], **usual)
+            metrics.update(mask, record.mask(), target=not record.no_target)
         assert numbers(scores["METRIS"]) == pytest.approx(metrics.compute())
         assert all("gIoU" in score for score in scores.values()) and len(scores) == 3
 
@@ -280,9 +294,9 @@ def test_decision_of_the_classifier_is_what_evaluation_and_prediction_use(any_ru
     bolder = replace(evaluator, no_target_threshold=0.75).score(predictor, records)
     assert (bolder["N-acc"], bolder["T-acc"]) == (0, 1) and bolder["mIoU"] > 0
     image = open_image(records[0].image)
-    assert not predict_masks(checkpoint, image, ["star"], threshold=0.01)[0].any()
-    (found,) = answers(checkpoint, image, ["star"], threshold=0.01, no_target_threshold=0.75)
-    assert found.mask.any() and found.no_target == pytest.approx(0.7311, abs=1e-4)
+    assert not checkpoint.predict(image, ["star"], threshold=0.01).any()
+    found = checkpoint.predict(image, ["star"], threshold=0.01, no_target_threshold=0.75, return_scores=True)
+    assert found.masks.any() and found.no_target == pytest.approx(0.7311, abs=1e-4)
 
 
 def test_scores_of_records_that_all_have_a_target_are_as_before(any_run, any_data):

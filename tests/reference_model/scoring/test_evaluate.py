@@ -35,7 +35,6 @@ from reference_model.scoring.protocols import PROTOCOLS
 from reference_model.synthetic.config import GenerateConfig
 from reference_model.synthetic.generate import generate
 from reference_model.training.train import train
-from reference_model.viewing.predict import predict_masks
 from tests.reference_model.training.test_distributed import on_processes
 
 KINDS = ("checkpoint", "model", "predictions")
@@ -351,7 +350,7 @@ def test_curve_is_written_beside_and_its_area_is_the_score(run, data, tmp_path):
         right = predicted = true = 0
         for record in records:
             image = Image.open(record.image).convert("RGB")
-            (mask,) = predict_masks(checkpoint, image, [record.expression], threshold=step / 1000)
+            (mask,) = checkpoint.predict(image, [record.expression], threshold=step / 1000)
             truth = record.mask()
             right, predicted = right + (mask & truth).sum(), predicted + mask.sum()
             true += truth.sum()
@@ -561,7 +560,7 @@ def test_masks_of_results_are_those_that_predict_draws(run, data, threshold, tmp
     record = {record.sent_id: record for record in read(data).records("val")}
     for row in rows[:5]:
         image = Image.open(record[row["sent_id"]].image).convert("RGB")
-        (mask,) = predict_masks(checkpoint, image, [row["expression"]], threshold=threshold)
+        (mask,) = checkpoint.predict(image, [row["expression"]], threshold=threshold)
         found = segmentation_mask(row["mask"], *mask.shape, owner="row")
         assert (found != mask).mean() < 1e-3  # a batch rounds otherwise
 

@@ -12,13 +12,11 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from timm.layers import BatchNormAct2d
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reference_model.checkpoints.checkpoint import load_checkpoint
 from reference_model.cli import main
 from reference_model.data.config import DataConfig
 from reference_model.data.sampler import ImageGroupedSampler
-from reference_model.data.transforms import normalized
 from reference_model.files import InputError
 from reference_model.model.build import build_metris
 from reference_model.model.metris import METRIS
@@ -529,13 +527,6 @@ def test_gradient_that_is_not_finite_stops_the_run_before_it_spoils_the_weights(
 def test_learning_rate_that_is_told_is_the_one_that_was_given(another):
     run = train(another(image_encoder_lr=0.1, poly_power=0.0))
     assert json.loads((run / "log.jsonl").read_text().splitlines()[0])["learning_rate"] == 1e-3
-
-
-def test_pixels_are_normalised_where_they_are():
-    """On any device; a fake one stands for the GPU."""
-    with FakeTensorMode():
-        found = normalized(torch.empty(2, 3, 8, 8, dtype=torch.uint8, device="cuda"))
-    assert found.device.type == "cuda" and found.dtype == torch.float32
 
 
 def test_batch_norm_shared_by_gpus_keeps_its_activation():

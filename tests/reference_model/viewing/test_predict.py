@@ -9,8 +9,8 @@ from PIL import Image
 
 from reference_model.checkpoints.checkpoint import load_checkpoint
 from reference_model.data.config import DataConfig
+from reference_model.data.images import open_image
 from reference_model.data.readers.refer import Refer
-from reference_model.data.transforms import open_image
 from reference_model.files import InputError
 from reference_model.scoring.config import EvaluateConfig
 from reference_model.scoring.evaluate import evaluate
@@ -18,7 +18,7 @@ from reference_model.scoring.metrics import SegmentationMetrics
 from reference_model.scoring.outcome import outcome
 from reference_model.viewing.config import PredictConfig
 from reference_model.viewing.overlay import overlay
-from reference_model.viewing.predict import predict, predict_masks
+from reference_model.viewing.predict import predict
 
 
 @pytest.fixture
@@ -37,8 +37,8 @@ def photo(scenes, tmp_path):
 def test_several_sentences_equal_one_at_a_time(run, photo):
     checkpoint, image = load_checkpoint(run), open_image(photo("a.png"))
     sentences = ["the red star", "leftmost thing", "the large blue circle"]
-    together = predict_masks(checkpoint, image, sentences, threshold=0.1)
-    alone = [predict_masks(checkpoint, image, [sentence], threshold=0.1)[0] for sentence in sentences]
+    together = checkpoint.predict(image, sentences, threshold=0.1)
+    alone = [checkpoint.predict(image, [sentence], threshold=0.1)[0] for sentence in sentences]
     assert all(np.array_equal(a, b) for a, b in zip(together, alone))
 
 
@@ -62,7 +62,7 @@ def test_turned_photo_gives_an_upright_mask(run, photo, tmp_path):
 
 def test_lower_threshold_gives_a_larger_mask(run, photo):
     checkpoint, image = load_checkpoint(run), open_image(photo("a.png"))
-    masks = [predict_masks(checkpoint, image, ["star"], threshold=t)[0] for t in (0.9, 0.5, 0.1, 0.01)]
+    masks = [checkpoint.predict(image, ["star"], threshold=t)[0] for t in (0.9, 0.5, 0.1, 0.01)]
     assert all((larger | smaller == larger).all() for smaller, larger in pairwise(masks))
 
 
@@ -86,7 +86,7 @@ def test_pictures_of_samples_show_their_iou(run, scenes, tmp_path, capsys):
     assert len(files) == 3 and all(Image.open(path).width > 200 for path in files)
     records, checkpoint = Refer(scenes).records("testA"), load_checkpoint(run)
     last = records[-1]
-    (mask,) = predict_masks(checkpoint, open_image(last.image), [last.expression])
+    (mask,) = checkpoint.predict(open_image(last.image), [last.expression])
     shown = json.loads(capsys.readouterr().out)[-1]
     assert shown["expression"] == last.expression
     assert shown["iou"] == pytest.approx(outcome(mask, last.mask()).iou, abs=1e-4)
@@ -109,9 +109,7 @@ def test_evaluation_equals_scoring_each_prediction_alone(run, scenes, tmp_path, 
         metrics = SegmentationMetrics()
         for record in Refer(scenes).records(split):
             image = open_image(record.image)
-            metrics.update(
-                predict_masks(checkpoint, image, [record.expression], threshold=0.2)[0], record.mask()
-            )
+            metrics.update(checkpoint.predict(image, [record.expression], threshold=0.2)[0], record.mask())
         for key, value in metrics.compute().items():
             assert scores[split]["METRIS"][key] == pytest.approx(value)
         assert set(scores[split]) == {"METRIS", "mean training mask", "largest object"}

@@ -25,9 +25,10 @@ import reference_model.data.readers.shards as shards_module
 from reference_model.data.config import ConvertConfig, DataConfig
 from reference_model.data.convert import convert
 from reference_model.data.datasets import read
+from reference_model.data.images import open_image
 from reference_model.data.readers.shards import Shards, ShardWriter
 from reference_model.data.streaming import ShardedDataset, ShardedLoader
-from reference_model.data.transforms import image_pixels, open_image, resize_mask
+from reference_model.data.transforms import image_pixels, resize_mask
 from reference_model.files import InputError
 from reference_model.scoring.config import EvaluateConfig
 from reference_model.scoring.evaluate import evaluate
