@@ -9,12 +9,11 @@ import pdoc
 from torch import nn
 
 import metris_blocks
-from metris_blocks import curation, layers
+from metris_blocks import layers
 
 PICTURE = Path(__file__).with_name("path.svg")
 MODULES = (
     "metris_blocks",
-    "metris_blocks.curation",
     "metris_blocks.ops",
     "metris_blocks.layers",
     # The reference model: how it is built, loaded, called, exported, asked.
@@ -47,7 +46,7 @@ def shape_table(block: type[nn.Module]) -> str:
 def build(folder: Path) -> None:
     """Write the pages."""
     blocks = [getattr(metris_blocks, name) for name in metris_blocks.__all__]
-    for public in [*blocks, curation.GlobalCue, layers.MultiHeadAttention, layers.AttentionLayer]:
+    for public in [*blocks, layers.MultiHeadAttention, layers.AttentionLayer]:
         if issubclass(public, nn.Module):
             # Of this process alone: the docstring in the source says every shape once, in forward.
             public.__doc__ = f"{inspect.cleandoc(public.__doc__)}\n\n**Shapes**\n\n{shape_table(public)}\n"

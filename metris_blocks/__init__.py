@@ -2,6 +2,7 @@
 
 from metris_blocks.aggregation import MaskedSoftmaxAggregation
 from metris_blocks.contrastive import PixelContrastiveLoss
+from metris_blocks.cue import GlobalCue
 from metris_blocks.curation import Curation, RelevanceCuration
 from metris_blocks.enhancement import LanguageEnhancer
 from metris_blocks.extractor import VisualExpression, VisualExpressionExtractor
@@ -12,6 +13,7 @@ from metris_blocks.relationship import VisualRelationshipSelfAttention
 __all__ = [
     "Curation",
     "DynamicMaskCrossAttention",
+    "GlobalCue",
     "GuidanceSet",
     "LanguageEnhancer",
     "MaskedSoftmaxAggregation",

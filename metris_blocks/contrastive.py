@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metris_blocks.ops.contrastive import pixel_contrastive_loss
-from metris_blocks.ops.shapes import at_least_float32, check_axes, check_mask
+from metris_blocks.ops.shapes import at_least_float32, check_axes
 
 
 class PixelContrastiveLoss(nn.Module):
@@ -60,11 +60,9 @@ class PixelContrastiveLoss(nn.Module):
             ValueError: The grid does not have n cells, or none of the mask's aspect has.
         """
         owner = "PixelContrastiveLoss"
-        sizes = check_axes(owner, scores=(scores, "b n"), mask=(mask, "b h w"))
+        axes = {"scores": (scores, "b n"), "mask": (mask, "b h w")}
+        sizes = check_axes(owner, **axes, visual_mask=(visual_mask, "b n bool"))
         n, h, w = sizes["n"], sizes["h"], sizes["w"]
-        if visual_mask is not None:
-            check_axes(owner, scores=(scores, "b n"), visual_mask=(visual_mask, "b n"))
-            check_mask(owner, visual_mask=visual_mask)
         if grid is None:
             # Both sides from the aspect: n = 12 below a square mask is a mistake, not a grid of 3 x 4.
             grid = (max(1, round(math.sqrt(n * h / w))), max(1, round(math.sqrt(n * w / h))))

@@ -4,7 +4,8 @@ from torch import Tensor, nn
 
 from metris_blocks.layers import AttentionLayer, Norm
 from metris_blocks.ops.backends import Backend
-from metris_blocks.ops.shapes import check_axes, check_mask, zero_unless_any
+from metris_blocks.ops.masks import zero_unless_any
+from metris_blocks.ops.shapes import check_axes
 
 
 class LanguageEnhancer(nn.Module):
@@ -48,6 +49,7 @@ class LanguageEnhancer(nn.Module):
         super().__init__()
         if depth < 0:
             raise ValueError(f"LanguageEnhancer: depth must be >= 0, got {depth}")
+        self.language_dim, self.visual_dim = language_dim, visual_dim
         self.layers = nn.ModuleList(
             AttentionLayer(
                 language_dim,
@@ -80,12 +82,15 @@ class LanguageEnhancer(nn.Module):
         Returns:
             (b, l, d) tokens Q̂_L; rows of padded words are zero.
         """
-        owner = "LanguageEnhancer"
-        axes = {"language": (language, "b l d"), "visual": (visual, "b n c")}
-        masks = {"visual_mask": (visual_mask, "b n"), "language_mask": (language_mask, "b l")}
-        given = {name: (mask, pattern) for name, (mask, pattern) in masks.items() if mask is not None}
-        check_axes(owner, **axes, **given)
-        check_mask(owner, **{name: mask for name, (mask, _) in given.items()})
+        check_axes(
+            "LanguageEnhancer",
+            language_dim=(self.language_dim, "d"),
+            visual_dim=(self.visual_dim, "c"),
+            language=(language, "b l d"),
+            visual=(visual, "b n c"),
+            visual_mask=(visual_mask, "b n bool"),
+            language_mask=(language_mask, "b l bool"),
+        )
         if visual_mask is not None:
             (visual,) = zero_unless_any(visual_mask, visual)
         if language_mask is not None:

@@ -6,10 +6,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metris_blocks.aggregation import MaskedSoftmaxAggregation
-from metris_blocks.curation import Cue, GlobalCue, RelevanceCuration
+from metris_blocks.cue import Cue, GlobalCue
+from metris_blocks.curation import RelevanceCuration
 from metris_blocks.layers import Norm
 from metris_blocks.ops.backends import Backend, CurationBackend
-from metris_blocks.ops.shapes import check_axes, check_mask, zero_unless_any
+from metris_blocks.ops.masks import zero_unless_any
+from metris_blocks.ops.shapes import check_axes
 from metris_blocks.refinement import DynamicMaskCrossAttention
 from metris_blocks.relationship import VisualRelationshipSelfAttention
 
@@ -44,8 +46,10 @@ class VisualExpressionExtractor(nn.Module):
         (torch.Size([2, 5, 32]), torch.Size([2, 5, 49]), torch.bool)
 
     Weights start as PyTorch's own: those and the biases of a linear layer uniform in ±1/sqrt(channels in),
-    norms as the identity, a learned global cue as the mean. All live in `nn.Linear`, `nn.LayerNorm` and two
-    parameters, ``global_cue.query`` and ``aggregation.log_temperature``, so ``apply(init)`` reaches them.
+    norms as the identity, a learned global cue as the mean. All live in `nn.Linear`, `nn.LayerNorm` and one
+    parameter, ``global_cue.query``, so ``apply(init)`` reaches them.
+
+    ``refinement`` (Eq. 6) and ``relationship`` (Eq. 7) may be set to None, to leave that step out.
 
     Args:
         visual_dim: c, channels of the visual tokens.
@@ -55,20 +59,14 @@ class VisualExpressionExtractor(nn.Module):
         num_heads: Heads of Eq. 6 and Eq. 7.
         mlp_ratio: Hidden channels of the MLPs per channel.
         ratio: r, share of the visual tokens curated per expression token, in (0, 1].
+        temperature: Divides the scores in the softmax of Eq. 5, > 0; 1 is the paper's.
+        divide_by_count: Keep the 1/N_p of Eq. 5.
         dropout: Probability of zeroing a channel that attention or MLP adds, in [0, 1).
         norm: "pre", or "none" for Eq. 6 and 7 to the letter.
-        temperature: Divides the scores in the softmax of Eq. 5, > 0; 1 is the paper's.
-        learn_temperature: Train it, from ``temperature`` on.
-        straight_through: In training, give the scores of Eq. 5 the gradient they had if all tokens were
-            curated; the values stay those of the curated ones. As printed, what is not curated gets none.
-        divide_by_count: Keep the 1/N_p of Eq. 5.
-        mask_softmax: Let the softmax of Eq. 5 see curated tokens only; else all (METRIS Table 8b).
-        refine: Include Eq. 6 (step 2; METRIS Table 6a).
-        relate: Include Eq. 7 (step 3; METRIS Table 6a).
         global_cue: "first": token 0 is the global cue, as [CLS] is; where padding is on the left, that is
             padding and curates nothing, so take another. Else one is put before the l tokens, and
             all results have 1 + l rows: "last" (the last real token), "mean" or "learned", as in
-            `curation.GlobalCue`.
+            `GlobalCue`.
         backend: As in `masked_attention`; "triton" runs curation and aggregation on its kernels too.
     """
 
@@ -82,15 +80,10 @@ class VisualExpressionExtractor(nn.Module):
         num_heads: int = 8,
         mlp_ratio: float = 4.0,
         ratio: float = 0.3,
+        temperature: float = 1.0,
+        divide_by_count: bool = True,
         dropout: float = 0.0,
         norm: Norm = "pre",
-        temperature: float = 1.0,
-        learn_temperature: bool = False,
-        straight_through: bool = False,
-        divide_by_count: bool = True,
-        mask_softmax: bool = True,
-        refine: bool = True,
-        relate: bool = True,
         global_cue: Cue = "first",
         backend: Backend = "auto",
     ) -> None:
@@ -99,15 +92,8 @@ class VisualExpressionExtractor(nn.Module):
         self.global_cue = None if global_cue == "first" else GlobalCue(language_dim, global_cue)
         self.curation = RelevanceCuration(visual_dim, language_dim, joint_dim, ratio=ratio, backend=chain)
         self.aggregation = MaskedSoftmaxAggregation(
-            visual_dim,
-            dim,
-            temperature=temperature,
-            learn_temperature=learn_temperature,
-            divide_by_count=divide_by_count,
-            backend=chain,
+            visual_dim, dim, temperature=temperature, divide_by_count=divide_by_count, backend=chain
         )
-        self.straight_through = straight_through
-        self.mask_softmax = mask_softmax
         layer: dict[str, Any] = {
             "num_heads": num_heads,
             "mlp_ratio": mlp_ratio,
@@ -115,8 +101,10 @@ class VisualExpressionExtractor(nn.Module):
             "norm": norm,
             "backend": backend,
         }
-        self.refinement = DynamicMaskCrossAttention(dim, visual_dim, **layer) if refine else None
-        self.relationship = VisualRelationshipSelfAttention(dim, **layer) if relate else None
+        self.refinement: DynamicMaskCrossAttention | None
+        self.refinement = DynamicMaskCrossAttention(dim, visual_dim, **layer)
+        self.relationship: VisualRelationshipSelfAttention | None
+        self.relationship = VisualRelationshipSelfAttention(dim, **layer)
 
     def forward(
         self,
@@ -142,9 +130,8 @@ class VisualExpressionExtractor(nn.Module):
             (b, l, d) tokens Q̂_V, (b, l, n) scores and (b, l, n) bool dynamic mask, as `VisualExpression`; a
             global cue put before the tokens makes that 1 + l rows.
         """
-        if cue_mask is not None:
-            check_axes("VisualExpressionExtractor", language=(language, "b l d"), cue_mask=(cue_mask, "b l"))
-            check_mask("VisualExpressionExtractor", cue_mask=cue_mask)
+        axes = {"language": (language, "b l d"), "cue_mask": (cue_mask, "b l bool")}
+        check_axes("VisualExpressionExtractor", **axes)
         if self.global_cue is not None:
             language, language_mask = self.global_cue(language, language_mask)
             cue_mask = None if cue_mask is None else F.pad(cue_mask, (1, 0), value=True)
@@ -157,15 +144,7 @@ class VisualExpressionExtractor(nn.Module):
         # Padding is all that may hold NaN: hidden once, here, and not again in every block.
         if visual_mask is not None:
             (visual,) = zero_unless_any(visual_mask, visual)
-        softmax_mask, gradient_mask = dynamic_mask, None
-        if not self.mask_softmax or self.straight_through:
-            everywhere = dynamic_mask.any(dim=-1, keepdim=True).expand_as(dynamic_mask)
-            everywhere = everywhere if visual_mask is None else everywhere & visual_mask[:, None]
-            softmax_mask = dynamic_mask if self.mask_softmax else everywhere
-            gradient_mask = everywhere if self.straight_through and self.training else None
-        tokens = self.aggregation(
-            scores, softmax_mask, visual, gradient_mask=gradient_mask, assume_finite=True
-        )
+        tokens = self.aggregation(scores, dynamic_mask, visual, assume_finite=True)
         if self.refinement is not None:
             tokens = self.refinement(tokens, visual, dynamic_mask, assume_finite=True)
         if self.relationship is not None:

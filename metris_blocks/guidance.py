@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metris_blocks.ops.shapes import check_axes, check_mask, zero_unless_any
+from metris_blocks.ops.masks import zero_unless_any
+from metris_blocks.ops.shapes import check_axes
 
 
 class GuidanceSet(NamedTuple):
@@ -45,16 +46,15 @@ class GuidanceSet(NamedTuple):
         """
         if not parts:
             raise ValueError("GuidanceSet.join: needs at least one part, (tokens, mask)")
-        op, first, tokens, masks = "GuidanceSet.join", parts[0][0], [], []
+        axes: dict[str, tuple[Tensor | int | None, str]] = {}
         for i, (part, mask) in enumerate(parts):
-            names = {"part_0": (first, "b s0 d")} if i else {}
-            axes = {**names, f"part_{i}": (part, f"b s{i} d")}
+            axes |= {f"part_{i}": (part, f"b s{i} d"), f"mask_{i}": (mask, f"b s{i} bool")}
+        check_axes("GuidanceSet.join", **axes)
+        tokens, masks = [], []
+        for part, mask in parts:
             if mask is None:
-                check_axes(op, **axes)
                 mask = torch.ones(part.shape[:2], dtype=torch.bool, device=part.device)
             else:
-                check_axes(op, **axes, **{f"mask_{i}": (mask, f"b s{i}")})
-                check_mask(op, **{f"mask_{i}": mask})
                 (part,) = zero_unless_any(mask, part)
             tokens.append(part)
             masks.append(mask)

@@ -8,10 +8,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from metris_blocks.ops.absorption import absorbed_attention, absorbs
-from metris_blocks.ops.aggregation import masked_softmax
 from metris_blocks.ops.attention import masked_attention
 from metris_blocks.ops.backends import Backend
-from metris_blocks.ops.shapes import at_least_float32, per_row
+from metris_blocks.ops.masks import masked_softmax, per_row
+from metris_blocks.ops.shapes import at_least_float32, check_axes
 
 Norm = Literal["pre", "none"]
 
@@ -81,15 +81,15 @@ class MultiHeadAttention(nn.Module):
 
         Computed anew, in at least float32; rows that attend to nothing are zero.
         """
+        axes = {"x": (x, "b l dim"), "context": (context, "b n context_dim")}
+        check_axes("attention_map", **axes, mask=(mask, "b l n | b n bool"))
         query, key = (
             rearrange(at_least_float32(proj(tokens)), "b s (heads e) -> b heads s e", heads=self.num_heads)
             for proj, tokens in ((self.q_proj, x), (self.k_proj, context))
         )
         with torch.autocast(x.device.type, enabled=False):
             logits = query @ key.mT / math.sqrt(query.shape[-1])
-        return masked_softmax(
-            logits, None if mask is None else per_row("attention_map", mask, x.shape[1])[:, None]
-        )
+        return masked_softmax(logits, None if mask is None else per_row(mask, x.shape[1])[:, None])
 
     def _absorbs(self, x: Tensor, context: Tensor) -> bool:
         if self.backend != "auto":

@@ -4,7 +4,8 @@ from torch import Tensor, nn
 
 from metris_blocks.layers import AttentionLayer, Norm
 from metris_blocks.ops.backends import Backend
-from metris_blocks.ops.shapes import check_axes, check_mask, zero_unless_any
+from metris_blocks.ops.masks import zero_unless_any
+from metris_blocks.ops.shapes import check_axes
 
 
 class DynamicMaskCrossAttention(nn.Module):
@@ -41,6 +42,7 @@ class DynamicMaskCrossAttention(nn.Module):
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
+        self.dim, self.visual_dim = dim, visual_dim
         self.layer = AttentionLayer(
             dim,
             visual_dim,
@@ -65,10 +67,14 @@ class DynamicMaskCrossAttention(nn.Module):
         Returns:
             (b, l, d) refined tokens F_r.
         """
-        owner = "DynamicMaskCrossAttention"
-        axes = {"aggregated": (aggregated, "b l d"), "visual": (visual, "b n c")}
-        check_axes(owner, **axes, dynamic_mask=(dynamic_mask, "b l n"))
-        check_mask(owner, dynamic_mask=dynamic_mask)
+        check_axes(
+            "DynamicMaskCrossAttention",
+            dim=(self.dim, "d"),
+            visual_dim=(self.visual_dim, "c"),
+            aggregated=(aggregated, "b l d"),
+            visual=(visual, "b n c"),
+            dynamic_mask=(dynamic_mask, "b l n bool"),
+        )
         if not assume_finite:
             (visual,) = zero_unless_any(dynamic_mask, visual)
         out: Tensor = self.layer(aggregated, visual, dynamic_mask)

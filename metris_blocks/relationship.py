@@ -4,7 +4,8 @@ from torch import Tensor, nn
 
 from metris_blocks.layers import AttentionLayer, Norm
 from metris_blocks.ops.backends import Backend
-from metris_blocks.ops.shapes import check_axes, check_mask, zero_unless_any
+from metris_blocks.ops.masks import zero_unless_any
+from metris_blocks.ops.shapes import check_axes
 
 
 class VisualRelationshipSelfAttention(nn.Module):
@@ -40,6 +41,7 @@ class VisualRelationshipSelfAttention(nn.Module):
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
+        self.dim = dim
         self.layer = AttentionLayer(
             dim, num_heads=num_heads, mlp_ratio=mlp_ratio, dropout=dropout, norm=norm, backend=backend
         )
@@ -54,12 +56,15 @@ class VisualRelationshipSelfAttention(nn.Module):
         Returns:
             (b, l, d) visual expression Q̂_V; rows of padded words are zero.
         """
+        check_axes(
+            "VisualRelationshipSelfAttention",
+            dim=(self.dim, "d"),
+            refined=(refined, "b l d"),
+            language_mask=(language_mask, "b l bool"),
+        )
         if language_mask is None:
             unpadded: Tensor = self.layer(refined)
             return unpadded
-        owner = "VisualRelationshipSelfAttention"
-        check_mask(owner, language_mask=language_mask)
-        check_axes(owner, refined=(refined, "b l d"), language_mask=(language_mask, "b l"))
         (refined,) = zero_unless_any(language_mask, refined)
         (tokens,) = zero_unless_any(language_mask, self.layer(refined, mask=language_mask))
         return tokens

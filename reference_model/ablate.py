@@ -103,11 +103,6 @@ TABLES = {
             "ve_divide_by_count": _alone(**{"model.divide_by_count": True}),
             "ve_temperature_1": _alone(**{"model.aggregation_temperature": 1.0}),
             "ve_temperature_0.02": _alone(**{"model.aggregation_temperature": 0.02}),
-            "ve_temperature_learned": _alone(**{"model.learn_aggregation_temperature": True}),
-            "ve_temperature_shared": _alone(
-                **{"model.learn_aggregation_temperature": True}, share_temperature=True
-            ),
-            "ve_straight_through": _alone(**{"model.straight_through": True}),
             "ve_contrastive_0.1": _alone(contrastive_weight=0.1),
             "ve_contrastive_3": _alone(contrastive_weight=3.0),
             "ve_contrastive_all_rows": _alone(contrastive_rows="all"),

@@ -184,11 +184,10 @@ def parse(name: str, arguments: list[str]) -> Any:
 
 
 def _source(name: str, path: Path, config_class: type) -> str:
-    """Check a config file and give what the parser shall read; of a preset, `profile` takes the model."""
+    """Check a config file and give its text for the parser; of a preset, `profile` takes the model."""
     if name == "profile" and path.parent == PRESETS:
         return json.dumps({"model": read_yaml(path, ModelConfig, section="model")})
-    read_yaml(path, config_class)
-    return str(path)
+    return json.dumps(read_yaml(path, config_class), default=str)
 
 
 def _split(arguments: list[str], prog: str) -> tuple[list[Path], list[str], list[str]]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import re
 import typing
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,14 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 PRESETS = Path(__file__).parent / "presets"
 Config = TypeVar("Config")
+
+DROPPED: dict[str, Any] = {
+    "contrastive_rows": "global",
+    "learn_aggregation_temperature": False,
+    "share_temperature": False,
+    "straight_through": False,
+}
+"""Options of earlier versions that made no measurable difference -> the value that all now have."""
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -71,6 +80,9 @@ def preset_file(name: str) -> Path:
 def read_yaml(path: str | Path, config: type, *, section: str | None = None) -> dict[str, Any]:
     """Read a YAML mapping and refuse keys that the config does not have.
 
+    A dropped option is passed over at the value that is left of it; in a ``section``, as of a trained model,
+    at any value, since all of them concern training.
+
     Args:
         path: The file.
         config: Dataclass that the file (or its ``section``) fills.
@@ -91,9 +103,19 @@ def read_yaml(path: str | Path, config: type, *, section: str | None = None) -> 
     if not isinstance(loaded, dict):
         where = f"section {section} of {path}" if section else str(path)
         raise InputError(f"{where}: holds a {type(loaded).__name__}, expected a mapping of config keys")
-    for key in _unknown_keys(loaded, config):
-        refuse_unknown(str(path), key, config)
+    for key in list(_unknown_keys(loaded, config)):
+        *inside, name = key.split(".")
+        if name not in DROPPED:
+            refuse_unknown(str(path), key, config)
+        value = functools.reduce(dict.__getitem__, inside, loaded).pop(name)
+        if section is None and value != DROPPED[name]:
+            problem = f"is no longer an option, and {value} cannot be had"
+            raise InputError(f"{path}: {key}", problem, f"set it to {_typed(DROPPED[name])}, or leave it out")
     return loaded
+
+
+def _typed(value: Any) -> str:
+    return yaml.safe_dump(value).split("\n")[0]
 
 
 def refuse_unknown(source: str, key: str, config: type) -> NoReturn:

@@ -14,7 +14,7 @@ import metris_blocks
 
 ROOT = Path(metris_blocks.__file__).parent
 # How an op is computed, and what checks its arguments: for the library alone.
-INTERNAL = ("metris_blocks.ops.backends.", "metris_blocks.ops.shapes")
+INTERNAL = ("metris_blocks.ops.backends.", "metris_blocks.ops.masks", "metris_blocks.ops.shapes")
 
 _LAYER = "num_heads=8, mlp_ratio=4.0, dropout=0.0, norm='pre', backend='auto'"
 _MASKS = "visual_mask=None, language_mask=None"
@@ -24,14 +24,15 @@ PUBLIC = {
         "Curation": "scores, dynamic_mask",
         "DynamicMaskCrossAttention": f"dim, visual_dim, *, {_LAYER}",
         "DynamicMaskCrossAttention.forward": "aggregated, visual, dynamic_mask, *, assume_finite=False",
+        "GlobalCue": "language_dim, kind",
+        "GlobalCue.forward": "language, language_mask=None",
         "GuidanceSet": "tokens, mask",
         "GuidanceSet.join": "*parts",
         "LanguageEnhancer": f"language_dim, visual_dim, *, depth=2, {_LAYER}",
         "LanguageEnhancer.forward": f"language, visual, *, {_MASKS}",
-        "MaskedSoftmaxAggregation": "visual_dim, dim, *, temperature=1.0, learn_temperature=False, "
-        "divide_by_count=True, backend='auto'",
-        "MaskedSoftmaxAggregation.forward": "scores, dynamic_mask, visual, *, gradient_mask=None, "
-        "assume_finite=False",
+        "MaskedSoftmaxAggregation": "visual_dim, dim, *, temperature=1.0, divide_by_count=True, "
+        "backend='auto'",
+        "MaskedSoftmaxAggregation.forward": "scores, dynamic_mask, visual, *, assume_finite=False",
         "PixelContrastiveLoss": "*, temperature=0.07",
         "PixelContrastiveLoss.forward": "scores, mask, *, grid=None, visual_mask=None",
         "RelevanceCuration": "visual_dim, language_dim, joint_dim=256, *, ratio=0.3, backend='auto'",
@@ -39,18 +40,13 @@ PUBLIC = {
         "VisualExpression": "tokens, scores, dynamic_mask",
         "VisualExpression.mask": "",
         "VisualExpressionExtractor": "visual_dim, language_dim, dim, *, joint_dim=256, num_heads=8, "
-        "mlp_ratio=4.0, ratio=0.3, dropout=0.0, norm='pre', temperature=1.0, learn_temperature=False, "
-        "straight_through=False, divide_by_count=True, mask_softmax=True, refine=True, relate=True, "
+        "mlp_ratio=4.0, ratio=0.3, temperature=1.0, divide_by_count=True, dropout=0.0, norm='pre', "
         "global_cue='first', backend='auto'",
         "VisualExpressionExtractor.forward": f"visual, language, *, {_MASKS}, cue_mask=None",
         "VisualRelationshipSelfAttention": f"dim, *, {_LAYER}",
         "VisualRelationshipSelfAttention.forward": "refined, language_mask=None",
     },
-    "metris_blocks.curation": {
-        "Cue": "typing.Literal['first', 'last', 'mean', 'learned']",
-        "GlobalCue": "language_dim, kind",
-        "GlobalCue.forward": "language, language_mask=None",
-    },
+    "metris_blocks.cue": {"Cue": "typing.Literal['first', 'last', 'mean', 'learned']"},
     "metris_blocks.layers": {
         "AttentionLayer": f"dim, context_dim=None, *, {_LAYER}",
         "AttentionLayer.attention_map": "x, context=None, mask=None",
@@ -75,7 +71,6 @@ PUBLIC = {
         "top_r_mask": "scores, ratio, *, visual_mask=None, backend='auto'",
     },
     "metris_blocks.ops.absorption": {"absorbs": "l, n, c, o, num_heads"},
-    "metris_blocks.ops.aggregation": {"masked_softmax": "logits, mask"},
     "metris_blocks.ops.backends": {
         "Backend": "typing.Literal['auto', 'eager', 'sdpa', 'xformers', 'triton']",
         "CurationBackend": "typing.Literal['auto', 'eager', 'triton']",

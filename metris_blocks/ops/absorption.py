@@ -8,7 +8,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from metris_blocks.ops.shapes import at_least_float32, check_axes, mask_axes, per_row, zero_unless_any
+from metris_blocks.ops.masks import masked_softmax_per_head, per_row, zero_unless_any
+from metris_blocks.ops.shapes import at_least_float32, check_axes
 
 
 def absorbed_attention(
@@ -53,7 +54,6 @@ def absorbed_attention(
         TypeError: ``mask`` is not bool.
     """
     op = "absorbed_attention"
-    biases = {"query_bias": query_bias, "value_bias": value_bias}
     sizes = check_axes(
         op,
         query_tokens=(query_tokens, "b l d"),
@@ -61,15 +61,16 @@ def absorbed_attention(
         query_weight=(query_weight, "o d"),
         key_weight=(key_weight, "o c"),
         value_weight=(value_weight, "o c"),
-        **{name: (bias, "o") for name, bias in biases.items() if bias is not None},
-        **mask_axes(mask),
+        query_bias=(query_bias, "o"),
+        value_bias=(value_bias, "o"),
+        mask=(mask, "b l n | b n bool"),
     )
     if sizes["o"] % num_heads:
         raise ValueError(
             f"{op}: query_weight 'o d' has o={sizes['o']}, not a multiple of num_heads={num_heads}"
         )
     if mask is not None:
-        mask = per_row(op, mask, sizes["l"])
+        mask = per_row(mask, sizes["l"])
         if not assume_finite:
             (visual,) = zero_unless_any(mask, visual)
             (query_tokens,) = zero_unless_any(mask.mT, query_tokens)
@@ -114,7 +115,8 @@ class _Absorbed(torch.autograd.Function):
         query, key_weight, value_weight = _per_head(query, key_weight, value_weight, num_heads)
         folded = rearrange(torch.bmm(query, key_weight), "heads (b l) c -> b (l heads) c", b=b)
         logits = rearrange(torch.bmm(folded, visual.mT), "b (l heads) n -> b l heads n", heads=num_heads)
-        weights = rearrange(_weights(logits, mask).to(visual.dtype), "b l heads n -> b (l heads) n")
+        weights = masked_softmax_per_head(logits, mask).to(visual.dtype)
+        weights = rearrange(weights, "b l heads n -> b (l heads) n")
         mixed = torch.bmm(weights, visual)
         per_head = rearrange(mixed, "b (l heads) c -> heads (b l) c", heads=num_heads)
         out = rearrange(torch.bmm(per_head, value_weight.mT), "heads (b l) e -> b l (heads e)", b=b)
@@ -155,22 +157,6 @@ class _Absorbed(torch.autograd.Function):
         query_grad = torch.bmm(folded_grad, key_weight.mT)
         query_grad = rearrange(query_grad, "heads (b l) e -> b l (heads e)", b=b)
         return query_grad, visual_grad, key_weight_grad, value_weight_grad, None, None
-
-
-def _weights(logits: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax of finite logits (b, l, heads, n) where mask (b, l, n) is True; zeros in a row without True.
-
-    What `masked_softmax` gives, but the mask is widened over the heads by an addition, not by two fills.
-    """
-    logits = at_least_float32(logits)
-    if mask is None:
-        return logits.softmax(dim=-1)
-    # A row without True attends to all, which is finite, and is zeroed after.
-    some = mask.any(dim=-1, keepdim=True)
-    bias = torch.zeros(mask.shape, dtype=logits.dtype, device=mask.device)
-    bias = bias.masked_fill(some & ~mask, -math.inf)
-    weights = (logits + bias[:, :, None]).softmax(dim=-1)
-    return weights * some[:, :, None].to(weights.dtype)
 
 
 def _per_head(

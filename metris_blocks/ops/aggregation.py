@@ -1,30 +1,12 @@
 """Masked-softmax aggregation: one visual vector per expression token (METRIS Eq. 5)."""
 
-import torch
 from einops import einsum
 from torch import Tensor
 
-from metris_blocks.ops.backends import CurationBackend, check_backend, triton
+from metris_blocks.ops.backends import CurationBackend, triton
 from metris_blocks.ops.backends.triton import aggregation as kernels
-from metris_blocks.ops.shapes import at_least_float32, check_axes, check_mask, zero_unless_any
-
-
-def masked_softmax(logits: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax over the last axis among the True entries only, in at least float32.
-
-    Args:
-        logits: (..., n) any finite values where ``mask`` is True, anything (NaN too) elsewhere.
-        mask: (..., n) bool, broadcastable to ``logits``; True = takes part. None: all do.
-
-    Returns:
-        (..., n) weights that sum to 1 in each row; zeros, with zero gradient, in a row without True.
-    """
-    logits = at_least_float32(logits)
-    if mask is None:
-        return logits.softmax(dim=-1)
-    # finfo.min, not -inf: an empty row is then uniform instead of NaN, and the second fill zeroes it.
-    logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
-    return logits.softmax(dim=-1).masked_fill(~mask, 0)
+from metris_blocks.ops.masks import masked_softmax, zero_unless_any
+from metris_blocks.ops.shapes import at_least_float32, check_axes
 
 
 def masked_softmax_aggregation(
@@ -61,13 +43,11 @@ def masked_softmax_aggregation(
         NotImplementedError: A named backend cannot run; the message lists every reason.
     """
     op = "masked_softmax_aggregation"
-    check_axes(op, scores=(scores, "b l n"), dynamic_mask=(dynamic_mask, "b l n"), visual=(visual, "b n c"))
-    check_mask(op, dynamic_mask=dynamic_mask)
+    axes = {"scores": (scores, "b l n"), "dynamic_mask": (dynamic_mask, "b l n bool")}
+    check_axes(op, **axes, visual=(visual, "b n c"))
     if not temperature > 0:
         raise ValueError(f"{op}: temperature must be > 0, got {temperature:g}")
-    if backend != "auto":
-        check_backend(op, backend, {"eager": [], "triton": triton.reasons(visual, scores)})
-    if backend == "triton":
+    if triton.runs(op, backend, visual, scores):
         return kernels.aggregate(scores, dynamic_mask, visual, temperature, divide_by_count)
 
     weights = masked_softmax(at_least_float32(scores) / temperature, dynamic_mask)

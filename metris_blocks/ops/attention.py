@@ -8,7 +8,8 @@ from torch import Tensor
 
 from metris_blocks.ops.backends import Backend, check_backend, eager, sdpa, xformers
 from metris_blocks.ops.backends.triton import attention as triton
-from metris_blocks.ops.shapes import check_axes, mask_axes, per_row, zero_unless_any
+from metris_blocks.ops.masks import per_row, zero_unless_any
+from metris_blocks.ops.shapes import check_axes
 
 # The files are small: what they need beyond torch, they import when asked.
 _BACKENDS: dict[str, ModuleType] = {"eager": eager, "sdpa": sdpa, "xformers": xformers, "triton": triton}
@@ -108,9 +109,9 @@ def _reasons(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> 
 def _checked(op: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor | None:
     """Check everything the backends rely on and give the mask as (b, l, n)."""
     axes = {"query": (query, "b l heads e"), "key": (key, "b n heads e"), "value": (value, "b n heads e")}
-    sizes = check_axes(op, **axes, **mask_axes(mask))
+    sizes = check_axes(op, **axes, mask=(mask, "b l n | b n bool"))
     if not query.dtype == key.dtype == value.dtype:
         raise TypeError(
             f"{op}: query is {query.dtype}, key {key.dtype}, value {value.dtype}; cast to one dtype"
         )
-    return None if mask is None else per_row(op, mask, sizes["l"])
+    return None if mask is None else per_row(mask, sizes["l"])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from metris_blocks.ops.shapes import at_least_float32, check_axes, check_mask
+from metris_blocks.ops.shapes import at_least_float32, check_axes
 
 # Far beyond any cosine over a temperature, and small enough that sums over an image stay finite.
 _LARGEST_LOGIT = 1e30
@@ -45,14 +45,12 @@ def pixel_contrastive_loss(
         TypeError: ``valid`` is not bool.
     """
     op = "pixel_contrastive_loss"
-    check_axes(op, scores=(scores, "b n"), target=(target, "b n"))
+    check_axes(op, scores=(scores, "b n"), target=(target, "b n"), valid=(valid, "b n bool"))
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"{op}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     if not isinstance(temperature, Tensor) and not temperature > 0:
         raise ValueError(f"{op}: temperature must be > 0, got {temperature:g}")
     if valid is not None:
-        check_axes(op, scores=(scores, "b n"), valid=(valid, "b n"))
-        check_mask(op, valid=valid)
         scores, target = scores.masked_fill(~valid, 0), target.masked_fill(~valid, 0)
 
     with torch.autocast(scores.device.type, enabled=False):

@@ -7,9 +7,9 @@ from einops import einsum
 from torch import Tensor
 from torch.nn import functional as F
 
-from metris_blocks.ops.backends import CurationBackend, check_backend, triton
+from metris_blocks.ops.backends import CurationBackend, triton
 from metris_blocks.ops.backends.triton import curation as kernels
-from metris_blocks.ops.shapes import at_least_float32, check_axes, check_mask
+from metris_blocks.ops.shapes import at_least_float32, check_axes
 
 
 def cosine_relevance(visual: Tensor, language: Tensor, *, backend: CurationBackend = "auto") -> Tensor:
@@ -32,9 +32,7 @@ def cosine_relevance(visual: Tensor, language: Tensor, *, backend: CurationBacke
     """
     op = "cosine_relevance"
     check_axes(op, visual=(visual, "b n j"), language=(language, "b l j"))
-    if backend != "auto":
-        check_backend(op, backend, {"eager": [], "triton": triton.reasons(visual, language)})
-    if backend == "triton":
+    if triton.runs(op, backend, visual, language):
         return kernels.relevance(visual, language)
     with torch.autocast(visual.device.type, enabled=False):
         x = F.normalize(at_least_float32(visual), dim=-1)
@@ -72,19 +70,16 @@ def top_r_mask(
     """
     op = "top_r_mask"
     check_ratio(op, ratio)
-    b, l, n = check_axes(op, scores=(scores, "b l n")).values()
-    if backend != "auto":
-        why = [*triton.reasons(scores), *kernels.select_reasons(scores)]
-        check_backend(op, backend, {"eager": [], "triton": why})
+    axes = check_axes(op, scores=(scores, "b l n"), visual_mask=(visual_mask, "b n bool"))
+    b, l, n = axes.values()
+    on_triton = triton.runs(op, backend, scores, longest_row=kernels.LONGEST_ROW)
     if visual_mask is None:
         count = torch.full((b,), max(1, math.floor(ratio * n + 0.5)), device=scores.device)
     else:
-        check_axes(op, scores=(scores, "b l n"), visual_mask=(visual_mask, "b n"))
-        check_mask(op, visual_mask=visual_mask)
         n_valid = visual_mask.sum(dim=-1)
         # float64, since 0.3 · 225 in float32 is not the 67.5 that rounds up.
         count = torch.floor(ratio * n_valid.double() + 0.5).long().clamp_min(1).minimum(n_valid)
-    if backend == "triton":
+    if on_triton:
         return kernels.select(scores, count, visual_mask)
 
     if n == 0:

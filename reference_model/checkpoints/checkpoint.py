@@ -34,6 +34,9 @@ RENAMED = {
 }
 """How the names of weights began in old checkpoints -> how they begin now; a rename adds its line."""
 
+LEARNED_TEMPERATURE = "guidance.extractor.aggregation.log_temperature"
+"""In old checkpoints: the logarithm of what is now the config's ``aggregation_temperature``."""
+
 
 class Referrer(Protocol):
     """What a checkpoint holds: METRIS, or an exported program that is called alike."""
@@ -227,8 +230,11 @@ def load_checkpoint(
     config = replace(config, pretrained=False, image_weights=None, text_weights=None)
     tokenizer = load_tokenizer(folder / TOKENIZER)
     refuse_larger(tokenizer, config, str(folder / TOKENIZER))
-    model = build_metris(config)
     weights = load_weights(folder)
+    learned = weights.get(LEARNED_TEMPERATURE)
+    if learned is not None and learned.shape == () and learned.isfinite():
+        config = replace(config, aggregation_temperature=float(weights.pop(LEARNED_TEMPERATURE).exp()))
+    model = build_metris(config)
     _refuse_misfit(folder / WEIGHTS, model.state_dict(), weights, strict=strict)
     model.load_state_dict(weights, strict=strict)
     return Checkpoint(model.to(device).eval(), tokenizer, config)

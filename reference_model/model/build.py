@@ -11,7 +11,7 @@ from torch import nn
 from metris_blocks import LanguageEnhancer, VisualExpressionExtractor
 from reference_model.files import InputError
 from reference_model.model.config import ModelConfig
-from reference_model.model.guidance import Guidance, SelfAttention
+from reference_model.model.guidance import Guidance, SelfAttention, UnmaskedAggregation
 from reference_model.model.image_encoder import ImageEncoder
 from reference_model.model.mask_decoder import MaskDecoder
 from reference_model.model.metris import METRIS
@@ -115,21 +115,29 @@ def _guidance(config: ModelConfig, visual_dim: int, dim: int) -> Guidance:
 
 
 def _extractor(config: ModelConfig, visual_dim: int, dim: int) -> VisualExpressionExtractor:
-    return VisualExpressionExtractor(
+    extractor = VisualExpressionExtractor(
         visual_dim,
         dim,
         dim,
         joint_dim=config.joint_dim,
         ratio=config.ratio,
         temperature=config.aggregation_temperature,
-        learn_temperature=config.learn_aggregation_temperature,
-        straight_through=config.straight_through,
         divide_by_count=config.divide_by_count,
-        mask_softmax=config.mask_softmax,
-        refine=config.refine,
-        relate=config.relate,
         **_layer(config),
     )
+    if not config.mask_softmax:
+        extractor.aggregation = UnmaskedAggregation(
+            visual_dim,
+            dim,
+            temperature=config.aggregation_temperature,
+            divide_by_count=config.divide_by_count,
+            backend=extractor.aggregation.backend,
+        )
+    if not config.refine:
+        extractor.refinement = None
+    if not config.relate:
+        extractor.relationship = None
+    return extractor
 
 
 def _matched(

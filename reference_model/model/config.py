@@ -77,10 +77,6 @@ class ModelConfig:
     """Where blocks normalise: before attention and MLP, or nowhere (Eq. 6 and 7 to the letter)."""
     aggregation_temperature: float = 1.0
     """Divides the scores in the softmax of Eq. 5, > 0; 1 is the paper's."""
-    learn_aggregation_temperature: bool = False
-    """Train that divisor, from aggregation_temperature on."""
-    straight_through: bool = False
-    """In training, let Eq. 5's gradient reach the scores of all visual tokens, not of curated ones only."""
     divide_by_count: bool = True
     """Keep the 1/N_p of Eq. 5."""
     decoder_dim: int | list[int] = 768

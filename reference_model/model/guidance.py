@@ -4,7 +4,12 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from metris_blocks import GuidanceSet, LanguageEnhancer, VisualExpressionExtractor
+from metris_blocks import (
+    GuidanceSet,
+    LanguageEnhancer,
+    MaskedSoftmaxAggregation,
+    VisualExpressionExtractor,
+)
 from metris_blocks.layers import AttentionLayer
 
 
@@ -39,6 +44,17 @@ class SelfAttention(nn.Module):
         for layer in self.layers:
             language = layer(language, mask=language_mask)
         return language.masked_fill(~language_mask[..., None], 0)
+
+
+class UnmaskedAggregation(MaskedSoftmaxAggregation):
+    """The softmax of Eq. 5 over all visual tokens, whichever are curated (Table 8b); none may be padding."""
+
+    def forward(
+        self, scores: Tensor, dynamic_mask: Tensor, visual: Tensor, *, assume_finite: bool = False
+    ) -> Tensor:
+        """(b, l, n), (b, l, n) bool, (b, n, c) -> (b, l, d), zero in rows with nothing curated."""
+        everywhere = dynamic_mask.any(dim=-1, keepdim=True).expand_as(dynamic_mask)
+        return super().forward(scores, everywhere, visual, assume_finite=assume_finite)
 
 
 class Guidance(nn.Module):

@@ -48,8 +48,6 @@ class TrainConfig:
     """Where the learnable τ of Eq. 4 starts, > 0; the paper prints none."""
     contrastive_rows: Literal["global", "all"] = "global"
     """Scores that Eq. 4 supervises: the global cue's, as the paper, or every real word's."""
-    share_temperature: bool = False
-    """One learned temperature for Eq. 4 and the softmax of Eq. 5, from model.aggregation_temperature on."""
     no_target_weight: float = 0.1
     """Weight of the no-target classifier's loss, where there is one; ReLA's 0.1, the paper prints none."""
     cache: bool = False

@@ -26,7 +26,6 @@ from reference_model.files import InputError
 from reference_model.model.build import build_metris
 from reference_model.model.config import ModelConfig
 from reference_model.model.loss import Losses, MetrisLoss
-from reference_model.model.metris import METRIS
 from reference_model.processes import outlive_sigterm
 from reference_model.scoring.metris_predictor import MetrisPredictor
 from reference_model.tokens import article_ids, build_tokenizer, load_tokenizer, report_overlong
@@ -100,7 +99,7 @@ def _train(config: TrainConfig, accelerator: Accelerator, stop: "Stop", *, unfin
         raise InputError(f"tokenizer: has {sizes}; give the vocabulary that came with its weights")
     # What the encoders turned out to be, wherever their weights came from: checkpoints build them from this.
     config = replace(config, model=model.config)
-    learner = Learner(config, model, _loss(config, model), accelerator)
+    learner = Learner(config, model, _loss(config), accelerator)
     predictor = MetrisPredictor(
         model,
         tokenizer,
@@ -243,23 +242,13 @@ def _shown(entry: dict[str, float]) -> str:
     )
 
 
-def _loss(config: TrainConfig, model: METRIS) -> MetrisLoss:
-    loss = MetrisLoss(
+def _loss(config: TrainConfig) -> MetrisLoss:
+    return MetrisLoss(
         contrastive_weight=config.contrastive_weight,
         temperature=config.contrastive_temperature,
         contrastive_rows=config.contrastive_rows,
         no_target_weight=config.no_target_weight,
     )
-    if config.share_temperature:
-        extractor = model.guidance.extractor
-        shared = None if extractor is None else extractor.aggregation.log_temperature
-        if shared is None:
-            raise InputError(
-                "share_temperature: the model learns no temperature of Eq. 5 to share; set "
-                "model.learn_aggregation_temperature=true and a model.guidance with ve"
-            )
-        loss.contrastive.log_temperature = shared
-    return loss
 
 
 def _tokenizer(model: ModelConfig, sentences: Iterable[str]) -> tuple[PreTrainedTokenizerBase, ModelConfig]:

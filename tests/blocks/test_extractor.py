@@ -74,19 +74,22 @@ def test_equals_paper_equations(backend, data, size, seed, norm, ratio, temperat
     data=st.data(),
     size=sizes("b l n", largest=4),
     seed=seeds,
-    mask_softmax=st.booleans(),
     refine=st.booleans(),
     relate=st.booleans(),
 )
-def test_variants_of_the_ablations_equal_theirs(data, size, seed, mask_softmax, refine, relate):
+def test_steps_set_to_none_are_left_out(data, size, seed, refine, relate):
     b, l, n = size
     masks = {
         "visual_mask": data.draw(st.none() | paddings(b, n)),
         "language_mask": data.draw(st.none() | paddings(b, l)),
         "cue_mask": data.draw(st.none() | paddings(b, l)),
     }
-    options = {"mask_softmax": mask_softmax, "refine": refine, "relate": relate}
-    extractor = block(**options)
+    extractor = block()
+    if not refine:
+        extractor.refinement = None
+    if not relate:
+        extractor.relationship = None
+    options = {"refine": refine, "relate": relate}
     out = extractor(*inputs(seed, *size), **masks)
     tokens, scores, mask = paper.extract(
         *inputs(seed, *size), extractor.state_dict(), num_heads=HEADS, ratio=0.4, **options, **masks
@@ -103,55 +106,6 @@ def test_cues_alone_get_tokens_and_all_words_get_scores():
     assert_equal(out.scores, plain.scores)
     assert out.tokens[~cues].eq(0).all() and not out.dynamic_mask[~cues].any()
     assert out.tokens[cues].abs().amax(dim=-1).gt(0).all()
-
-
-def test_straight_through_changes_no_value_and_the_gradient_of_the_scores_alone():
-    visual, language = inputs(0, 2, 3, 20)
-    options, results = {"refine": False, "relate": False}, {}
-    for straight in (False, True):
-        extractor = block(straight_through=straight, **options).train()
-        leaf = visual.clone().requires_grad_()
-        out = extractor(leaf, language)
-        # Scores as a leaf: what an uncurated token's relevance would change.
-        scores = out.scores.detach().requires_grad_()
-        everywhere = torch.ones_like(out.dynamic_mask)
-        tokens = extractor.aggregation(
-            scores, out.dynamic_mask, visual, gradient_mask=everywhere if straight else None
-        )
-        (by_score,) = torch.autograd.grad(tokens.square().sum(), scores)
-        by_rest = torch.autograd.grad(
-            extractor.aggregation(
-                scores.detach(), out.dynamic_mask, leaf, gradient_mask=everywhere if straight else None
-            ).square().sum(),
-            [leaf, extractor.aggregation.proj.weight],
-        )  # fmt: skip
-        results[straight] = out, tokens, by_score, by_rest
-    (plain, hard, plain_score, plain_rest), (soft, same, soft_score, soft_rest) = (
-        results[False],
-        results[True],
-    )
-    assert_equal(soft.tokens, plain.tokens)
-    assert_equal(same, hard)
-    assert plain_score[~plain.dynamic_mask].eq(0).all() and soft_score[~plain.dynamic_mask].ne(0).all()
-    for one, other in zip(plain_rest, soft_rest, strict=True):
-        assert_equal(other, one)
-    # As if all were curated, at the values of the curated ones.
-    leaf = plain.scores.detach().requires_grad_()
-    all_curated = block(**options).aggregation(leaf, torch.ones_like(plain.dynamic_mask), visual)
-    assert_equal(torch.autograd.grad(all_curated, leaf, 2 * hard)[0], soft_score)
-    assert_equal(
-        block(straight_through=True).eval()(visual, language).tokens, block()(visual, language).tokens
-    )
-
-
-def test_learned_temperature_starts_where_it_is_told_and_moves():
-    visual, language = inputs(0, 2, 3, 9)
-    learned = block(temperature=0.2, learn_temperature=True)
-    start = learned.aggregation.log_temperature.exp().item()
-    assert abs(start - 0.2) < 1e-7, "stored in float32"
-    assert_equal(learned(visual, language).tokens, block(temperature=start)(visual, language).tokens)
-    learned(visual, language).tokens.square().sum().backward()
-    assert learned.aggregation.log_temperature.grad.abs() > 0
 
 
 def test_refuses_a_cue_mask_of_other_words():

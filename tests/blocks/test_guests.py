@@ -17,12 +17,11 @@ from torch.nn.utils import parametrizations, prune
 from torch.testing._internal.two_tensor import TwoTensor
 
 from metris_blocks import PixelContrastiveLoss, VisualExpressionExtractor
-from metris_blocks.curation import GlobalCue
 from metris_blocks.layers import MultiHeadAttention
 from metris_blocks.ops import top_r_mask
-from tests.conftest import assert_compiles_once, assert_equal, assert_within_budget
+from tests.conftest import assert_equal, assert_within_budget
 from tests.support import paper
-from tests.support.strategies import normal, paddings, seeds, sizes
+from tests.support.strategies import normal, seeds, sizes
 
 HEADS, DIM = 2, 16
 CUES = ["first", "last", "mean", "learned"]
@@ -101,34 +100,6 @@ def test_levels_of_several_maps_are_tokens_of_one():
 # --------------------------------------------------------------------------------- global cues, padding sides
 
 
-def cue_by_loop(kind, query, words):
-    """The cue of one sentence without padding, (l, d) -> (d)."""
-    if not len(words):
-        return torch.zeros(words.shape[1], dtype=words.dtype)
-    if kind == "last":
-        return words[-1]
-    logits = [
-        0.0 if kind == "mean" else float(word @ query.detach()) / math.sqrt(len(word)) for word in words
-    ]
-    weights = torch.tensor(logits, dtype=torch.float64).softmax(0)
-    return sum(weight * word for weight, word in zip(weights, words, strict=True))
-
-
-@pytest.mark.parametrize("kind", CUES[1:])
-@given(data=st.data(), size=sizes("b l"), seed=seeds)
-def test_global_cue_is_that_of_the_real_words(kind, data, size, seed):
-    cue = GlobalCue(5, kind).double()
-    if kind == "learned":
-        assert_equal(cue(normal(seed, *size, 5))[0], GlobalCue(5, "mean")(normal(seed, *size, 5))[0])
-        cue.query.data = normal(seed + 1, 5)
-    language, mask = normal(seed, *size, 5), data.draw(paddings(*size))
-    found, found_mask = cue(language.masked_fill(~mask[..., None], math.nan), mask)
-    for i, real in enumerate(mask):
-        assert_equal(found[i, 0], cue_by_loop(kind, getattr(cue, "query", None), language[i, real]).detach())
-    assert found[:, 1:].equal(language.masked_fill(~mask[..., None], 0))
-    assert found_mask[:, 1:].equal(mask) and found_mask[:, 0].equal(mask.any(dim=1))
-
-
 def test_learned_cue_learns_also_beside_an_empty_sentence():
     guest = extractor(global_cue="learned")
     guest.global_cue.query.data.zero_()
@@ -176,18 +147,8 @@ def test_cue_mask_speaks_of_the_words_given_and_the_cue_always_curates():
         guest(visual, language, cue_mask=torch.ones(3, 5).bool())
 
 
-@pytest.mark.parametrize("kind", CUES[1:])
-def test_global_cue_compiles_once_for_all_sizes(kind):
-    cases = []
-    for b, l in ((3, 4), (5, 7)):
-        language = normal(0, b, l, 5).requires_grad_()
-        cases.append(((language, torch.arange(l) < l - torch.arange(b)[:, None] % 3), {}))
-    assert_compiles_once(GlobalCue(5, kind).double(), cases)
-
-
 def test_refuses_an_unknown_cue():
-    says = r"global_cue must be one of \['first', 'last', 'mean', 'learned'\], got 'cls'"
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=r"global_cue must be one of .*, got 'cls'"):
         extractor(global_cue="cls")
 
 
@@ -201,7 +162,7 @@ def test_16_bit_weights_and_inputs_err_as_textbook_code_does(dtype, cue):
     # All tokens are curated: which ones are on the edge of top-r is decided by the rounding of Eq. 1.
     results = {}
     for backend, kind in (("auto", dtype), ("sdpa", dtype), ("eager", dtype), ("eager", torch.float64)):
-        guest = extractor(ratio=1.0, backend=backend, global_cue=cue, learn_temperature=True).to(dtype)
+        guest = extractor(ratio=1.0, backend=backend, global_cue=cue).to(dtype)
         out = guest.to(kind)(*(x.to(kind) for x in rounded), **ragged())
         results[backend, kind] = out.tokens.detach()
     for backend in ("auto", "sdpa"):
@@ -278,13 +239,13 @@ def test_an_ensemble_runs_at_once():
 @pytest.mark.parametrize("cue", CUES)
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "state_dict", "torch.save"])
 def test_copies_are_equal_and_stand_alone(way, cue):
-    guest = extractor(global_cue=cue, learn_temperature=True)
+    guest = extractor(global_cue=cue)
     if way == "deepcopy":
         other = copy.deepcopy(guest)
     elif way == "pickle":
         other = pickle.loads(pickle.dumps(guest))
     else:
-        other, state = extractor(global_cue=cue, learn_temperature=True), guest.state_dict()
+        other, state = extractor(global_cue=cue), guest.state_dict()
         for p in other.parameters():
             p.data.fill_(math.nan)
         if way == "torch.save":
@@ -331,8 +292,8 @@ def test_hooks_of_every_part_are_called_and_may_change_what_it_gives(n):
 
 def test_weights_start_as_documented():
     torch.manual_seed(0)
-    guest = VisualExpressionExtractor(64, 48, 64, global_cue="learned", learn_temperature=True)
-    known = {"global_cue.query", "aggregation.log_temperature"}
+    guest = VisualExpressionExtractor(64, 48, 64, global_cue="learned")
+    known = {"global_cue.query"}
     for name, part in guest.named_modules():
         if isinstance(part, nn.Linear):
             bound = 1 / math.sqrt(part.in_features)
@@ -346,7 +307,7 @@ def test_weights_start_as_documented():
             continue
         known |= {f"{name}.{own}" for own, _ in part.named_parameters()}
     assert known == {name for name, _ in guest.named_parameters()}
-    assert guest.global_cue.query.eq(0).all() and guest.aggregation.log_temperature == 0
+    assert guest.global_cue.query.eq(0).all()
 
 
 # --------------------------------------------------------------------- what others put in place of a Linear

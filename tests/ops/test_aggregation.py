@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from metris_blocks.ops import masked_softmax_aggregation, top_r_mask
-from metris_blocks.ops.aggregation import masked_softmax
+from metris_blocks.ops.masks import masked_softmax
 from tests.conftest import (
     DEVICES_AND_BACKENDS,
     TOLERANCE,

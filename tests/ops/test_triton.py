@@ -8,7 +8,7 @@ import torch
 
 from metris_blocks import VisualExpressionExtractor
 from metris_blocks.ops.backends import triton
-from metris_blocks.ops.backends.triton import aggregation, attention, curation
+from metris_blocks.ops.backends.triton import curation
 from tests.conftest import DEVICES_AND_BACKENDS, assert_equal
 from tests.support.strategies import normal
 
@@ -16,6 +16,7 @@ on_each_device = pytest.mark.parametrize(
     ("device", "backend"),
     [place for place in DEVICES_AND_BACKENDS if "triton" in getattr(place, "values", place)],
 )
+OPS = torch.ops.metris_blocks
 B, L, N, J, HEADS, E = 2, 3, 7, 5, 2, 4
 
 
@@ -36,30 +37,33 @@ def test_ops_keep_the_rules_of_custom_ops(device, backend, dtype, grad):
     """schema, autograd registration, fake tensors, AOT dispatch: the four of opcheck."""
     x, y = draw(device, B, N, J, dtype=dtype, grad=grad), draw(device, B, L, J, dtype=dtype, grad=grad)
     scores = draw(device, B, L, N, grad=grad)
-    torch.library.opcheck(curation._score, (x, y))
-    torch.library.opcheck(aggregation._forward, (scores, mask_on(device), x, 0.5, True))
+    torch.library.opcheck(OPS.triton_score.default, (x, y))
+    torch.library.opcheck(OPS.triton_aggregate.default, (scores, mask_on(device), x, 0.5, True))
     query, key, value = (draw(device, B, s, HEADS, E, dtype=dtype, grad=grad) for s in (L, N, N))
     for mask in (mask_on(device), None):
-        torch.library.opcheck(attention._forward, (query, key, value, mask, 0.5))
+        torch.library.opcheck(OPS.triton_attention.default, (query, key, value, mask, 0.5))
     count = torch.tensor([2, 0], device=device)
     for real in (None, mask_on(device)[:, 1]):
-        torch.library.opcheck(curation._select, (scores.detach().to(dtype), count, real))
+        torch.library.opcheck(OPS.triton_select.default, (scores.detach().to(dtype), count, real))
 
 
 @on_each_device
 def test_backward_ops_keep_the_rules_of_custom_ops(device, backend):
     x, y = draw(device, B, N, J), draw(device, B, L, J)
-    scores, x_norm, y_norm = curation._score(x, y)
-    torch.library.opcheck(curation._score_backward, (torch.ones_like(scores), scores, y, y_norm, x, x_norm))
+    scores, x_norm, y_norm = OPS.triton_score(x, y)
+    torch.library.opcheck(
+        OPS.triton_score_backward.default, (torch.ones_like(scores), scores, x, x_norm, y, y_norm)
+    )
     query, key, value = (draw(device, B, s, HEADS, E) for s in (L, N, N))
     for mask in (mask_on(device), None):
-        out, logsumexp = attention._forward(query, key, value, mask, 0.5)
+        out, logsumexp = OPS.triton_attention(query, key, value, mask, 0.5)
         torch.library.opcheck(
-            attention._backward, (torch.ones_like(out), out, logsumexp, query, key, value, mask, 0.5)
+            OPS.triton_attention_backward.default,
+            (torch.ones_like(out), out, logsumexp, query, key, value, mask, 0.5),
         )
-    out, *saved = aggregation._forward(scores, mask_on(device), x, 0.5, True)
+    out, *saved = OPS.triton_aggregate(scores, mask_on(device), x, 0.5, True)
     torch.library.opcheck(
-        aggregation._backward, (torch.ones_like(out), *saved, scores, mask_on(device), x, 0.5)
+        OPS.triton_aggregate_backward.default, (torch.ones_like(out), *saved, scores, mask_on(device), x, 0.5)
     )
 
 

@@ -95,7 +95,7 @@ def test_bias_is_zero_where_the_mask_is_true_and_minus_infinity_elsewhere(kernel
 def test_op_keeps_the_rules_of_custom_ops(kernel, grad, with_mask):
     query, key, value, mask = inputs()
     leaves = [x.requires_grad_(grad) for x in (query, key, value)]
-    torch.library.opcheck(xformers._forward, (*leaves, mask if with_mask else None, 0.3))
+    torch.library.opcheck(xformers._attend, (*leaves, mask if with_mask else None, 0.3))
 
 
 def test_op_compiles_in_training_without_a_graph_break(kernel):

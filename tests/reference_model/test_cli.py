@@ -12,10 +12,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 from reference_model.cli import COMMANDS, main, parse
-from reference_model.configs import build, preset_names, read_yaml, to_yaml
+from reference_model.configs import DROPPED, build, preset_names, read_yaml, to_yaml
+from reference_model.files import InputError
 from reference_model.model.config import ModelConfig
 from reference_model.training.config import TrainConfig
 
@@ -59,6 +61,23 @@ def test_config_written_by_a_run_reads_back_the_same(tmp_path):
     config = parse("train", ["--preset", "metris_tiny", "--data.root", "x", "--model.image_weights", "w.pth"])
     (tmp_path / "c.yaml").write_text(to_yaml(config))
     assert build(TrainConfig, read_yaml(tmp_path / "c.yaml", TrainConfig), source="c") == config
+
+
+def test_dropped_options_load_at_the_value_that_is_left_and_are_refused_at_another(tmp_path):
+    file = tmp_path / "c.yaml"
+    old = {"steps": 5, "share_temperature": False, "model": {"ratio": 0.5, "straight_through": False}}
+    file.write_text(yaml.safe_dump(old))
+    parsed = parse("train", ["--config", str(file), "--data.root", "d", "--out", "o"])
+    assert (parsed.steps, parsed.model.ratio) == (5, 0.5)
+    for key in ("share_temperature", "model.straight_through"):
+        *room, name = key.split(".")
+        assert DROPPED[name] is False
+        file.write_text(yaml.safe_dump({"model": {name: True}} if room else {name: True}))
+        with pytest.raises(InputError) as caught:
+            parse("train", ["--config", str(file), "--data.root", "d", "--out", "o"])
+        assert caught.value.thing == f"{file}: {key}" and "set it to false" in caught.value.step
+    # A trained model computes the same without it.
+    assert read_yaml(file, ModelConfig, section="model") == {}
 
 
 def test_paper_settings_are_the_defaults():

@@ -3,7 +3,7 @@
 from einops import einsum, rearrange
 from torch import Tensor
 
-from metris_blocks.ops.aggregation import masked_softmax
+from metris_blocks.ops.masks import masked_softmax
 
 
 def reasons(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> list[str]:

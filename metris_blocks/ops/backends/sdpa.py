@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from metris_blocks.ops.shapes import aligned_bias
+from metris_blocks.ops.masks import aligned_bias
 
 # Not cuDNN, the default with a mask on H100: wrong gradients at some lengths (pytorch#196678, #191612).
 _CUDA = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]

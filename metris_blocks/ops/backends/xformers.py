@@ -6,12 +6,12 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from metris_blocks.ops.shapes import aligned_bias
+from metris_blocks.ops.backends.opaque import opaque_attention
+from metris_blocks.ops.masks import aligned_bias
 
 # Width of a head must fill whole vectors of the kernel.
 _HEAD_MULTIPLE = {torch.float16: 8, torch.bfloat16: 8, torch.float32: 4}
@@ -38,7 +38,7 @@ def reasons(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> l
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """(b, l, heads, e), (b, n, heads, e), (b, n, heads, e), (b, l, n) bool -> (b, l, heads, e)."""
-    out: Tensor = _forward(query, key, value, mask, scale)[0]
+    out: Tensor = _attend(query, key, value, mask, scale)[0]
     return out
 
 
@@ -80,9 +80,6 @@ def _bias(mask: Tensor | None, query: Tensor) -> Tensor | None:
     return None if mask is None else aligned_bias(mask, query.shape[2], query.dtype)
 
 
-# One opaque op each way: traced, xformers' own autograd mixes devices, and its check of the type of a bias
-# refuses the tensors that torch.export traces with.
-@torch.library.custom_op("metris_blocks::xformers_attention", mutates_args=())
 def _forward(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -99,15 +96,6 @@ def _forward(
     return out.contiguous(), logsumexp[..., : query.shape[1]].contiguous()
 
 
-@_forward.register_fake
-def _forward_shapes(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    b, l, heads, _ = query.shape
-    return query.new_empty(query.shape), query.new_empty((b, heads, l), dtype=torch.float32)
-
-
-@torch.library.custom_op("metris_blocks::xformers_attention_backward", mutates_args=())
 def _backward(
     grad: Tensor,
     out: Tensor,
@@ -134,27 +122,6 @@ def _backward(
     return query_grad, key_grad, value_grad
 
 
-@_backward.register_fake
-def _backward_shapes(
-    grad: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*output, *tensors)
-
-
-def _differentiate(ctx: Any, grad: Tensor, logsumexp_grad: Tensor) -> tuple[Tensor | None, ...]:
-    return *_backward(grad, *ctx.saved_tensors, ctx.scale), None, None
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
+# Opaque: traced, xformers' own autograd mixes devices, and its check of the type of a bias refuses the
+# tensors that torch.export traces with.
+_attend = opaque_attention("xformers_attention", _forward, _backward)

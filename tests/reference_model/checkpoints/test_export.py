@@ -306,7 +306,6 @@ VARIANTS = {
         "articles": False,
         "article_ids": [7, 8],
         "mask_softmax": False,
-        "learn_aggregation_temperature": True,
     },
     "global cue, no steps 2 and 3, Llama": {
         "cues": "global",

@@ -295,6 +295,19 @@ def test_old_and_new_names_in_one_file_are_refused(strict, run):
     assert f"under the old name of {new}*, extractor." in line
 
 
+def test_learned_temperature_of_an_old_checkpoint_is_its_temperature(run):
+    name = "guidance.extractor.aggregation.log_temperature"
+    rewrite(run, lambda weights: weights | {name: torch.tensor(0.25).log()})
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["model"] |= {"learn_aggregation_temperature": True, "straight_through": True}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    learned = load_checkpoint(run)
+    assert learned.config.aggregation_temperature == pytest.approx(0.25)
+    assert learned.model.guidance.extractor.aggregation.temperature == pytest.approx(0.25)
+    rewrite(run, lambda weights: weights | {name: torch.tensor(torch.nan)})
+    assert name in refusal(load_checkpoint, run)
+
+
 def test_key_that_the_config_no_longer_has_is_named(run):
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["model"]["enhancer_layers"] = 2

@@ -10,6 +10,8 @@ from reference_model.files import InputError
 from reference_model.model.build import build_metris
 from reference_model.model.config import GuidanceName, ModelConfig
 from reference_model.model.loss import MetrisLoss
+from tests.conftest import assert_equal
+from tests.support import paper
 
 VARIANTS = list(GuidanceName.__args__)
 B, L = 2, 6
@@ -71,6 +73,24 @@ def test_matched_variants_have_the_size_of_the_whole_within_2_per_cent(preset, c
     with torch.device("meta"):
         sizes = [sum(p.numel() for p in build_metris(given).parameters()) for given in (whole, variant)]
     assert abs(sizes[1] / sizes[0] - 1) < 0.02
+
+
+@pytest.mark.parametrize("mask_softmax", [True, False])
+@pytest.mark.parametrize("refine", [True, False])
+@pytest.mark.parametrize("relate", [True, False])
+def test_extractor_of_an_ablation_equals_the_paper_equations(small, mask_softmax, refine, relate):
+    torch.manual_seed(0)
+    steps = {"mask_softmax": mask_softmax, "refine": refine, "relate": relate}
+    extractor = build_metris(replace(small, **steps)).guidance.extractor.double().eval()
+    visual = torch.randn(B, 9, extractor.curation.visual_dim, dtype=torch.float64)
+    language = torch.randn(B, L, small.guidance_dim, dtype=torch.float64)
+    masks = {"language_mask": torch.tensor([[True] * L, [True] * 4 + [False] * 2])}
+    out = extractor(visual, language, **masks)
+    options = {"num_heads": small.num_heads, "ratio": small.ratio, "divide_by_count": small.divide_by_count}
+    options["temperature"] = small.aggregation_temperature
+    expected = paper.extract(visual, language, extractor.state_dict(), **options, **steps, **masks)
+    assert_equal(out.tokens.detach(), expected[0].detach())
+    assert out.dynamic_mask.equal(expected[2])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

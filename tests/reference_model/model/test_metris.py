@@ -328,11 +328,7 @@ def test_presets_are_what_they_say():
     assert paper == {"model": {"pretrained": True, "norm": "none"}}
     letter = build(TrainConfig, paper | {"data": {"root": "unused"}}, source="metris_paper")
     assert (letter.model.aggregation_temperature, letter.model.divide_by_count) == (1.0, True)
-    assert (letter.model.straight_through, letter.model.coordinates, letter.model.ratio) == (
-        False,
-        False,
-        0.3,
-    )
+    assert (letter.model.coordinates, letter.model.ratio) == (False, 0.3)
     assert lite["model"].pop("decoder_dim") and lite == whole
     for name in ("aggregation_temperature", "divide_by_count"):
         assert tiny["model"][name] == whole["model"][name] != getattr(letter.model, name)

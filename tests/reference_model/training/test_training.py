@@ -135,29 +135,6 @@ def test_optimiser_decays_matrices_only():
     assert changed == [True, False, False, False]
 
 
-def test_shared_temperature_is_one_parameter(another, monkeypatch):
-    held = {}
-
-    def watched(objective, **options):
-        held["model"], held["loss"] = objective.model, objective.loss
-        held["optimiser"] = adamw(objective, **options)
-        return held["optimiser"]
-
-    monkeypatch.setattr("reference_model.training.learner.adamw", watched)
-    config = another(share_temperature=True)
-    model = replace(config.model, learn_aggregation_temperature=True, aggregation_temperature=0.3)
-    train(replace(config, model=model))
-    temperature = held["model"].guidance.extractor.aggregation.log_temperature
-    assert held["loss"].contrastive.log_temperature is temperature
-    assert sum(p is temperature for group in held["optimiser"].param_groups for p in group["params"]) == 1
-    assert temperature.exp().item() == pytest.approx(0.3, rel=0.05) and temperature.exp().item() != 0.3
-
-
-def test_shared_temperature_needs_one_to_share(another):
-    with pytest.raises(InputError, match=r"share_temperature: .*learn_aggregation_temperature=true"):
-        train(another(share_temperature=True))
-
-
 def test_run_gives_a_checkpoint_and_a_log(run, run_config):
     checkpoint = load_checkpoint(run)
     assert checkpoint.config.image_size == run_config.model.image_size

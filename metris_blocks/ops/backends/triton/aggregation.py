@@ -1,9 +1,9 @@
 """Masked-softmax aggregation in Triton: one pass over the visual tokens, no weights in memory."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
+
+from metris_blocks.ops.backends.opaque import opaque
 
 
 def aggregate(
@@ -13,11 +13,10 @@ def aggregate(
 
     What ``visual`` holds where no row curates it, and ``scores`` where masked, NaN too, reaches nothing.
     """
-    out: Tensor = _forward(scores, dynamic_mask, visual, temperature, divide_by_count)[0]
+    out: Tensor = _aggregate(scores, dynamic_mask, visual, temperature, divide_by_count)[0]
     return out
 
 
-@torch.library.custom_op("metris_blocks::triton_aggregate", mutates_args=())
 def _forward(
     scores: Tensor, dynamic_mask: Tensor, visual: Tensor, temperature: float, divide_by_count: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -26,8 +25,7 @@ def _forward(
     return kernels.aggregate(scores, dynamic_mask, visual, temperature, divide_by_count)
 
 
-@_forward.register_fake
-def _forward_shapes(
+def _like(
     scores: Tensor, dynamic_mask: Tensor, visual: Tensor, temperature: float, divide_by_count: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (b, l, _), c = scores.shape, visual.shape[2]
@@ -37,7 +35,6 @@ def _forward_shapes(
     return visual.new_empty((b, l, c)), exact, logsumexp, divisor
 
 
-@torch.library.custom_op("metris_blocks::triton_aggregate_backward", mutates_args=())
 def _backward(
     grad: Tensor,
     exact: Tensor,
@@ -55,28 +52,11 @@ def _backward(
     )
 
 
-@_backward.register_fake
-def _backward_shapes(
-    grad: Tensor,
-    exact: Tensor,
-    logsumexp: Tensor,
-    divisor: Tensor,
-    scores: Tensor,
-    dynamic_mask: Tensor,
-    visual: Tensor,
-    temperature: float,
-) -> tuple[Tensor, Tensor]:
-    return scores.new_empty(scores.shape), visual.new_empty(visual.shape)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.temperature, _ = inputs
-    ctx.save_for_backward(*output[1:], *tensors)
-
-
-def _differentiate(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    scores_grad, visual_grad = _backward(grad, *ctx.saved_tensors, ctx.temperature)
-    return scores_grad, None, visual_grad, None, None
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
+_aggregate = opaque(
+    "triton_aggregate",
+    _forward,
+    _like,
+    _backward,
+    results="out exact logsumexp divisor",
+    gradients="scores visual",
+)

@@ -1,12 +1,12 @@
 """Curation in Triton: cosine scores in one pass over the tokens, and the top-r mask by radix select."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from metris_blocks.ops.backends.opaque import opaque
+
 # A row of scores lives in the registers of one program.
-_LONGEST_ROW = 16384
+LONGEST_ROW = 16384
 
 
 def relevance(visual: Tensor, language: Tensor) -> Tensor:
@@ -25,21 +25,13 @@ def select(scores: Tensor, count: Tensor, visual_mask: Tensor | None) -> Tensor:
     return kept
 
 
-def select_reasons(scores: Tensor) -> list[str]:
-    """Say why `select` cannot take these scores, beyond what `triton.reasons` says."""
-    n = scores.shape[-1]
-    return [f"n={n} (at most {_LONGEST_ROW})"] if n > _LONGEST_ROW else []
-
-
-@torch.library.custom_op("metris_blocks::triton_score", mutates_args=())
-def _score(visual: Tensor, language: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _score_forward(visual: Tensor, language: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     from metris_blocks.ops.backends.triton.kernels import score
 
     return score.score(visual, language)
 
 
-@_score.register_fake
-def _score_shapes(visual: Tensor, language: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _score_like(visual: Tensor, language: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     (b, n, _), l = visual.shape, language.shape[1]
     scores, visual_norm, language_norm = (
         visual.new_empty(shape, dtype=torch.float32) for shape in ((b, l, n), (b, n), (b, l))
@@ -47,47 +39,37 @@ def _score_shapes(visual: Tensor, language: Tensor) -> tuple[Tensor, Tensor, Ten
     return scores, visual_norm, language_norm
 
 
-# The gradient of either input: both tensors of scores are passed transposed for the visual tokens.
-@torch.library.custom_op("metris_blocks::triton_score_backward", mutates_args=())
 def _score_backward(
-    grad: Tensor, scores: Tensor, own: Tensor, own_norm: Tensor, other: Tensor, other_norm: Tensor
-) -> Tensor:
+    grad: Tensor,
+    scores: Tensor,
+    visual: Tensor,
+    visual_norm: Tensor,
+    language: Tensor,
+    language_norm: Tensor,
+) -> tuple[Tensor, Tensor]:
     from metris_blocks.ops.backends.triton.kernels import score
 
-    return score.score_backward(grad, scores, own, own_norm, other, other_norm)
-
-
-@_score_backward.register_fake
-def _score_backward_shapes(
-    grad: Tensor, scores: Tensor, own: Tensor, own_norm: Tensor, other: Tensor, other_norm: Tensor
-) -> Tensor:
-    return own.new_empty(own.shape)
-
-
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs, *output)
-
-
-def _differentiate(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    visual, language, scores, visual_norm, language_norm = ctx.saved_tensors
     x, y = (visual, visual_norm), (language, language_norm)
-    for_visual, for_language = ctx.needs_input_grad
-    return (
-        _score_backward(grad.mT, scores.mT, *x, *y) if for_visual else None,
-        _score_backward(grad, scores, *y, *x) if for_language else None,
-    )
+    # One kernel gives the gradient of either input: for the visual tokens, the scores are transposed.
+    return score.score_backward(grad.mT, scores.mT, *x, *y), score.score_backward(grad, scores, *y, *x)
 
 
-_score.register_autograd(_differentiate, setup_context=_save)
-
-
-@torch.library.custom_op("metris_blocks::triton_select", mutates_args=())
-def _select(scores: Tensor, count: Tensor, visual_mask: Tensor | None) -> Tensor:
+def _select_forward(scores: Tensor, count: Tensor, visual_mask: Tensor | None) -> Tensor:
     from metris_blocks.ops.backends.triton.kernels import select
 
     return select.select(scores, count, visual_mask)
 
 
-@_select.register_fake
-def _select_shapes(scores: Tensor, count: Tensor, visual_mask: Tensor | None) -> Tensor:
+def _select_like(scores: Tensor, count: Tensor, visual_mask: Tensor | None) -> Tensor:
     return scores.new_empty(scores.shape, dtype=torch.bool)
+
+
+_score = opaque(
+    "triton_score",
+    _score_forward,
+    _score_like,
+    _score_backward,
+    results="scores visual_norm language_norm",
+    gradients="visual language",
+)
+_select = opaque("triton_select", _select_forward, _select_like)
