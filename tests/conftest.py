@@ -1,7 +1,8 @@
 """One thread, one hypothesis profile, one table of tolerances, one way to compare compiled with eager."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import combinations, product
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import Phase, settings
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from metris_blocks.ops import explain_backends
 from metris_blocks.ops.backends import triton
 
 torch.set_num_threads(1)
@@ -34,15 +36,43 @@ ROUNDINGS = 512
 TOLERANCE = {dtype: ROUNDINGS * torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32)}
 
 
-_why = triton.reasons(torch.zeros(1))
-TRITON_ON_CPU = pytest.param("triton", marks=pytest.mark.skipif(bool(_why), reason="; ".join(_why)))
-# Where the ops around attention can run.
-DEVICES_AND_BACKENDS = [
-    ("cpu", "eager"),
-    pytest.param("cpu", "triton", marks=TRITON_ON_CPU.marks),
-    pytest.param("cuda", "eager", marks=pytest.mark.cuda),
-    pytest.param("cuda", "triton", marks=pytest.mark.cuda),
-]
+_tiny = torch.zeros(1, 1, 1, 8)
+# What cannot run here is no test: triton runs on the CPU in its interpreter alone, xformers never.
+ON_CPU = ["auto", *(name for name, why in explain_backends(_tiny, _tiny, _tiny).items() if not why)]
+# Of the ops around attention.
+BACKENDS_ON_CPU = [name for name in ("eager", "triton") if name in ON_CPU]
+
+
+def places(*backends: str) -> list[tuple[str, str]]:
+    """Pair each backend with each device that it may run on; on the CPU with those that do run."""
+    on_cpu = [("cpu", name) for name in backends if name in ON_CPU]
+    return [*on_cpu, *(("cuda", name) for name in backends)]
+
+
+def cases(*axes: Sequence[Any], backends: Sequence[str]) -> list[Any]:
+    """Choose few rows (device, backend, *values) in which each two values of two axes meet at least once.
+
+    The kernels of xformers and triton know no float64, which is left out. Rows of a GPU are marked so.
+    """
+
+    def pairs(row: tuple[Any, ...]) -> set[Any]:
+        places = list(enumerate(row))
+        return {*places, *combinations(places, 2)}
+
+    kernels = ("xformers", "triton")
+    rows = [
+        row
+        for row in product(places(*backends), *axes)
+        if not (row[0][1] in kernels and any(value is torch.float64 for value in row))
+    ]
+    left, chosen = set().union(*map(pairs, rows)), []
+    while left:
+        chosen.append(max(rows, key=lambda row: len(left & pairs(row))))
+        left -= pairs(chosen[-1])
+    return [
+        pytest.param(*place, *values, marks=[pytest.mark.cuda] * (place[0] == "cuda"))
+        for place, *values in chosen
+    ]
 
 
 def assert_equal(actual: Tensor, reference: Tensor, *, largest: float = 1.0) -> None:

@@ -11,19 +11,18 @@ from hypothesis import strategies as st
 from metris_blocks.ops import masked_softmax_aggregation, top_r_mask
 from metris_blocks.ops.masks import masked_softmax
 from tests.conftest import (
-    DEVICES_AND_BACKENDS,
+    BACKENDS_ON_CPU,
     TOLERANCE,
-    TRITON_ON_CPU,
     assert_compiles_once,
     assert_equal,
     assert_within_budget,
+    cases,
     with_gradients,
 )
 from tests.support.paper import eq5_aggregate
 from tests.support.strategies import distinct_scores, masks, normal, seeds, sizes, surrounded, wide
 
-with_each_backend_everywhere = pytest.mark.parametrize(("device", "backend"), DEVICES_AND_BACKENDS)
-with_each_backend = pytest.mark.parametrize("backend", ["eager", TRITON_ON_CPU])
+with_each_backend = pytest.mark.parametrize("backend", BACKENDS_ON_CPU)
 SIZES = sizes("b l n c")
 TEMPERATURES = st.floats(0.05, 5.0)
 
@@ -251,9 +250,14 @@ def test_assume_finite_changes_nothing_where_it_is_true(backend):
     assert_equal(trusting, careful)
 
 
-@with_each_backend_everywhere
-@pytest.mark.parametrize("size", [(2, 3, 1, 4), (1, 1, 31, 3), (2, 21, 225, 48), (1, 33, 130, 100)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("device", "backend", "size", "dtype"),
+    cases(
+        [(2, 3, 1, 4), (1, 1, 31, 3), (2, 21, 225, 48), (1, 33, 130, 100)],
+        [torch.float32, torch.float16, torch.bfloat16],
+        backends=["eager", "triton"],
+    ),
+)
 def test_values_and_gradients_equal_float64(device, backend, size, dtype):
     b, l, n, c = size
     scores = distinct_scores(0, b, l, n, torch.float32).to(device)
@@ -311,13 +315,13 @@ def test_gradients(divide_by_count):
 
 @with_each_backend
 def test_compiles_once_for_all_sizes(backend):
-    cases = []
+    sized = []
     for size in ((2, 3, 5, 8), (4, 6, 9, 16)):
         scores, visual = inputs(backend, 0, *size)
         mask = top_r_mask(scores, 0.5)
         mask[0, 0] = False
-        cases.append(((scores.requires_grad_(), mask, visual.requires_grad_()), {"backend": backend}))
-    assert_compiles_once(masked_softmax_aggregation, cases)
+        sized.append(((scores.requires_grad_(), mask, visual.requires_grad_()), {"backend": backend}))
+    assert_compiles_once(masked_softmax_aggregation, sized)
 
 
 # ------------------------------------------------------------------------------------------------- refusals

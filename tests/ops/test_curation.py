@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from metris_blocks.ops import cosine_relevance, top_r_mask
 from tests.conftest import (
-    DEVICES_AND_BACKENDS,
+    BACKENDS_ON_CPU,
     TOLERANCE,
-    TRITON_ON_CPU,
     assert_compiles_once,
     assert_equal,
+    cases,
     with_gradients,
 )
 from tests.support.paper import eq2_curate, eq2_relevance, eq3_dynamic_mask, number_curated
@@ -29,8 +29,7 @@ from tests.support.strategies import (
     wide,
 )
 
-with_each_backend = pytest.mark.parametrize("backend", ["eager", TRITON_ON_CPU])
-with_each_backend_everywhere = pytest.mark.parametrize(("device", "backend"), DEVICES_AND_BACKENDS)
+with_each_backend = pytest.mark.parametrize("backend", BACKENDS_ON_CPU)
 SIXTEEN_BIT = [torch.float16, torch.bfloat16]
 
 
@@ -249,9 +248,14 @@ def test_nothing_is_read_beyond_the_tensors(backend, size):
         assert alone.isfinite().all() and among_nan.equal(alone)
 
 
-@with_each_backend_everywhere
-@pytest.mark.parametrize("size", [(2, 3, 1, 4), (1, 1, 31, 3), (2, 21, 225, 48), (1, 33, 130, 100)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN_BIT], ids=str)
+@pytest.mark.parametrize(
+    ("device", "backend", "size", "dtype"),
+    cases(
+        [(2, 3, 1, 4), (1, 1, 31, 3), (2, 21, 225, 48), (1, 33, 130, 100)],
+        [torch.float32, *SIXTEEN_BIT],
+        backends=["eager", "triton"],
+    ),
+)
 def test_values_and_gradients_equal_float64(device, backend, size, dtype):
     b, l, n, j = size
     tensors = [normal(i, b, s, j, dtype=dtype).to(device) for i, s in enumerate((n, l))]
@@ -269,9 +273,10 @@ def test_values_and_gradients_equal_float64(device, backend, size, dtype):
         torch.testing.assert_close(one.double(), other, rtol=0, atol=atol)
 
 
-@with_each_backend_everywhere
-@pytest.mark.parametrize("n", [1, 31, 225, 1000, 16384])
-@pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN_BIT], ids=str)
+@pytest.mark.parametrize(
+    ("device", "backend", "n", "dtype"),
+    cases([1, 31, 225, 1000, 16384], [torch.float32, *SIXTEEN_BIT], backends=["eager", "triton"]),
+)
 def test_selection_is_the_same_everywhere(device, backend, n, dtype):
     b, l = (1, 1) if n > 1000 else (2, 3)
     scores = normal(0, b, l, n, dtype=dtype)
@@ -330,22 +335,22 @@ def test_mask_takes_no_gradient_and_leaves_the_scores_alone():
 
 @with_each_backend
 def test_relevance_compiles_once_for_all_sizes(backend):
-    cases = []
+    sized = []
     for b, l, n, j in ((2, 3, 5, 8), (4, 6, 9, 16)):
         leaves = (normal(i, b, s, j, dtype=wide(backend)).requires_grad_() for i, s in enumerate((n, l)))
-        cases.append((tuple(leaves), {"backend": backend}))
-    assert_compiles_once(cosine_relevance, cases)
+        sized.append((tuple(leaves), {"backend": backend}))
+    assert_compiles_once(cosine_relevance, sized)
 
 
 @pytest.mark.parametrize("padded", [False, True])
 @with_each_backend
 def test_mask_compiles_once_for_all_sizes(backend, padded):
-    cases = []
+    sized = []
     for b, l, n in ((2, 3, 225), (4, 6, 50), (5, 7, 31)):
         visual_mask = (torch.arange(n) < n - torch.arange(b)[:, None]) if padded else None
         options = {"visual_mask": visual_mask, "backend": backend}
-        cases.append(((distinct_scores(0, b, l, n, wide(backend)), 0.3), options))
-    assert_compiles_once(top_r_mask, cases)
+        sized.append(((distinct_scores(0, b, l, n, wide(backend)), 0.3), options))
+    assert_compiles_once(top_r_mask, sized)
 
 
 # ------------------------------------------------------------------------------------------------- refusals

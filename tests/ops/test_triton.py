@@ -9,12 +9,12 @@ import torch
 from metris_blocks import VisualExpressionExtractor
 from metris_blocks.ops.backends import triton
 from metris_blocks.ops.backends.triton import curation
-from tests.conftest import DEVICES_AND_BACKENDS, assert_equal
+from tests.conftest import assert_equal, cases
 from tests.support.strategies import normal
 
 on_each_device = pytest.mark.parametrize(
     ("device", "backend"),
-    [place for place in DEVICES_AND_BACKENDS if "triton" in getattr(place, "values", place)],
+    cases(backends=["triton"]),
 )
 OPS = torch.ops.metris_blocks
 B, L, N, J, HEADS, E = 2, 3, 7, 5, 2, 4
