@@ -164,3 +164,9 @@ def test_public_interface_is_the_one_written_down(room):
         + "\n  ".join(sorted(changes))
         + "\nIf that is meant, write a line in CHANGELOG.md that says so, and change PUBLIC here."
     )
+
+
+def test_contract_shows_the_extractor_as_it_is():
+    contract = " ".join((ROOT.parent / "docs/contract.md").read_text(encoding="utf-8").split())
+    name = "VisualExpressionExtractor"
+    assert f"{name}({PUBLIC['metris_blocks'][name]})".replace("'", '"') in contract

@@ -73,3 +73,11 @@ def test_refuses_a_temperature_that_is_not_positive(temperature):
 def test_refuses_shapes_that_disagree():
     with pytest.raises(ValueError, match="dynamic_mask 'b l n' has n=7, but scores has n=6"):
         block()(torch.zeros(1, 2, 6), torch.ones(1, 2, 7, dtype=torch.bool), torch.zeros(1, 6, 5))
+
+
+def test_refuses_a_width_other_than_its_own():
+    says = r"MaskedSoftmaxAggregation: visual has c=49, expected visual_dim=64; tokens are \(b, n, c\)"
+    with pytest.raises(ValueError, match=says):
+        MaskedSoftmaxAggregation(64, 32)(
+            torch.zeros(1, 2, 64), torch.ones(1, 2, 64).bool(), torch.zeros(1, 64, 49)
+        )

@@ -144,3 +144,12 @@ def test_refuses_masks_that_are_not_bool(name):
     mask = torch.ones(2, 9 if name == "visual_mask" else 4)
     with pytest.raises(TypeError, match=f"RelevanceCuration: {name} must be bool .*, got torch.float32"):
         block()(*inputs(0, 2, 4, 9), **{name: mask})
+
+
+def test_refuses_widths_other_than_its_own():
+    says = r"RelevanceCuration: visual has c=49, expected visual_dim=64; tokens are \(b, n, c\)"
+    curation = RelevanceCuration(64, 32)
+    with pytest.raises(ValueError, match=says):
+        curation(torch.zeros(1, 64, 49), torch.zeros(1, 2, 32))
+    with pytest.raises(ValueError, match=r"language has d=31, expected language_dim=32"):
+        curation(torch.zeros(1, 49, 64), torch.zeros(1, 2, 31))

@@ -118,3 +118,10 @@ def test_refuses_a_wrong_mask(masks, error, says):
 def test_refuses_batches_that_disagree():
     with pytest.raises(ValueError, match="LanguageEnhancer: visual 'b n c' has b=3, but language has b=2"):
         block()(normal(0, 2, 3, 4), normal(1, 3, 7, 6))
+
+
+def test_refuses_widths_other_than_its_own():
+    with pytest.raises(ValueError, match=r"LanguageEnhancer: language has d=5, expected language_dim=4; "):
+        block()(torch.zeros(1, 2, 5), torch.zeros(1, 3, 6))
+    with pytest.raises(ValueError, match=r"LanguageEnhancer: visual has c=5, expected visual_dim=6; "):
+        block()(torch.zeros(1, 2, 4), torch.zeros(1, 3, 5))

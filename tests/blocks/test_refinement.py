@@ -121,3 +121,13 @@ def test_refuses_masks_that_are_not_bool():
     says = "DynamicMaskCrossAttention: dynamic_mask must be bool .*, got torch.float32"
     with pytest.raises(TypeError, match=says):
         block()(*inputs(0, 2, 3, 7), torch.ones(2, 3, 7))
+
+
+def test_refuses_widths_other_than_its_own():
+    says = r"aggregated has d=5, expected dim=4; tokens are \(b, l, d\)"
+    mask = torch.ones(1, 2, 3).bool()
+    with pytest.raises(ValueError, match=says):
+        block()(torch.zeros(1, 2, 5), torch.zeros(1, 3, 6), mask)
+    says = r"visual has c=3, expected visual_dim=6; tokens are \(b, n, c\)"
+    with pytest.raises(ValueError, match=says):
+        block()(torch.zeros(1, 2, 4), torch.zeros(1, 6, 3), mask)

@@ -101,3 +101,10 @@ def test_compiles_once_for_all_sizes():
 def test_refuses_a_wrong_mask(mask, error, says):
     with pytest.raises(error, match=f"VisualRelationshipSelfAttention: {says}"):
         block()(normal(0, 2, 5, 4), mask)
+
+
+@pytest.mark.parametrize("mask", [None, torch.ones(1, 2).bool()])
+def test_refuses_a_width_other_than_its_own(mask):
+    says = r"VisualRelationshipSelfAttention: refined has d=5, expected dim=4; tokens are \(b, l, d\)"
+    with pytest.raises(ValueError, match=says):
+        VisualRelationshipSelfAttention(4, num_heads=2)(torch.zeros(1, 2, 5), mask)
