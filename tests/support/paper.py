@@ -1,7 +1,7 @@
 """METRIS Eq. 1-7 transcribed literally: python loops, float64, no tricks. Slow on purpose.
 
-Written from the paper and docs/contract.md, not from the code. Everything is differentiable, so gradients can be
-compared too. A module's parameters arrive as plain tensors by name, as in its ``state_dict``.
+Written from the paper and docs/contract.md, not from the code. Everything is differentiable, so gradients
+can be compared too. A module's parameters arrive as plain tensors by name, as in its ``state_dict``.
 """
 
 import math
