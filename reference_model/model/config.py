@@ -4,8 +4,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from reference_model.configs import build, preset_file, read_yaml, refuse_unknown
-
 GuidanceName = Literal["pure_le", "enhanced_le", "ve", "enhanced_le+pixels", "enhanced_le+ve"]
 
 
@@ -96,6 +94,9 @@ def preset(name: str, **changes: Any) -> ModelConfig:
     Raises:
         InputError: There is no preset or no field of this name, or a value has the wrong type.
     """
+    # Building and timing the network needs no parser of YAML and command lines.
+    from reference_model.configs import build, preset_file, read_yaml, refuse_unknown
+
     source = f"preset {name}"
     values = read_yaml(preset_file(name), ModelConfig, section="model")
     for key in changes.keys() - {one.name for one in fields(ModelConfig)}:
