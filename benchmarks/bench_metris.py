@@ -91,8 +91,8 @@ def bench_training(row, device, size, dtype):
         shared = torch.zeros(SENTENCES, dtype=torch.long, device=device)
         repeated = lambda image: model(image.expand(SENTENCES, -1, -1, -1), token_ids, real)
         return {
-            "literal": lambda image: loss(repeated(image), target, real).total,
-            "auto": lambda image: loss(model(image, token_ids, real, shared), target, real).total,
+            "literal": lambda image: loss(repeated(image), target).total,
+            "auto": lambda image: loss(model(image, token_ids, real, shared), target).total,
         }
 
     measured(row, build, model, image, token_ids, real)

@@ -13,6 +13,8 @@ from reference_model.configs import (
     PRESETS,
     Help,
     Parser,
+    check_bounds,
+    known_flags,
     known_keys,
     preset_file,
     preset_names,
@@ -41,7 +43,6 @@ COMMANDS = {
     "figures": ("viewing.config:FiguresConfig", "viewing.paper_figures:figures"),
     "report": ("viewing.config:ReportConfig", "viewing.report:report"),
     "info": ("viewing.config:InfoConfig", "info:info"),
-    "completion": ("viewing.config:CompletionConfig", "completion:completion"),
 }
 # command -> what --help shows at its end; a test parses each
 EXAMPLES = {
@@ -72,7 +73,6 @@ EXAMPLES = {
     "report": ("runs/plus --split testA --out report.html",),
     "plot": ("runs/plus runs/other --out losses.png",),
     "info": ("--json",),
-    "completion": ("bash > ~/.local/share/bash-completion/completions/metris", "zsh > ~/.zfunc/_metris"),
 }
 WITH_PRESETS = ("train", "ablate", "profile")
 # command -> the options that bare words at its beginning stand for; one with + takes all that come
@@ -83,47 +83,35 @@ BARE = {
     "data check": ("--data.root",),
     "data show": ("--data.root",),
     "report": ("--run",),
-    "completion": ("--shell",),
 }
-_FLAGS = ("--json", "--baselines", "--breakdowns", "--intervals", "--images", "--cache", "--private")
-_FLAGS += ("--dry_run", "--compile", "--checkpoint_activations")
-
-_MENDABLE = {errno.ENAMETOOLONG, errno.EACCES, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FIXABLE = {errno.ENAMETOOLONG, errno.EACCES, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command.
 
+    ``--traceback`` before the command, or METRIS_TRACEBACK=1, shows the stack of any error.
+
     Returns:
-        Exit code 0; 1 where a check found something wrong; 2 with a line on stderr for what a user can mend.
+        Exit code 0; 1 where a check found something wrong; 2 with a line on stderr for what a user can fix.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     warnings.formatwarning = lambda message, *_, **__: f"metris: warning: {message}\n"
+    traceback = arguments[:1] == ["--traceback"] or os.environ.get("METRIS_TRACEBACK", "0") != "0"
+    if arguments[:1] == ["--traceback"]:
+        arguments = arguments[1:]
     try:
-        if not arguments or arguments[0] in ("-h", "--help"):
-            print(_usage())
-            return 0
-        if arguments[0] == "--version":
-            print(f"metris {metadata.version('metris-blocks')}")
-            return 0
-        name, *rest = arguments
-        if rest and f"{name} {rest[0]}" in COMMANDS:
-            name, rest = f"{name} {rest[0]}", rest[1:]
-        if parts := [command for command in COMMANDS if command.startswith(f"{name} ")]:
-            raise InputError(f"{name}: needs a second word, {' or '.join(parts)}")
-        if name not in COMMANDS:
-            raise InputError(f"unknown command {name}, expected one of {', '.join(COMMANDS)}")
-        config = parse(name, rest)
-        failed = load(COMMANDS[name][1])(config) is False
-        sys.stdout.flush()
+        return _run(arguments)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # who read us has seen enough
         return 0
     except OSError as error:
-        if error.errno not in _MENDABLE:
+        if error.errno not in _FIXABLE or traceback:
             raise
         return _refuse(f"{error.filename or 'output'}: {error.strerror}; choose another place")
     except (InputError, NotImplementedError) as error:
+        if traceback:
+            raise
         # A worker process wraps the line in its traceback.
         return _refuse(str(error).strip().splitlines()[-1].removeprefix("reference_model.files.InputError: "))
     except KeyboardInterrupt:
@@ -132,6 +120,30 @@ def main(arguments: list[str] | None = None) -> int:
         )
         print(f"metris: interrupted{again}", file=sys.stderr)
         return 130
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if arguments[0] == "--version":
+        print(f"metris {metadata.version('metris-blocks')}")
+        return 0
+    if arguments[0].startswith("--print_shtab"):
+        _all_commands().parse_args(arguments)
+    name, *rest = arguments
+    if rest and f"{name} {rest[0]}" in COMMANDS:
+        name, rest = f"{name} {rest[0]}", rest[1:]
+    if parts := [command for command in COMMANDS if command.startswith(f"{name} ")]:
+        raise InputError(f"{name}: needs a second word, {' or '.join(parts)}")
+    if name not in COMMANDS:
+        raise InputError(f"unknown command {name}, expected one of {', '.join(COMMANDS)}")
+    config = parse(name, rest)
+    check_bounds(config)
+    if hasattr(config, "check"):
+        config.check()  # before a command imports torch and the encoders, which takes seconds
+    failed = load(COMMANDS[name][1])(config) is False
+    sys.stdout.flush()
     return int(failed)
 
 
@@ -147,56 +159,79 @@ def parse(name: str, arguments: list[str]) -> Any:
         InputError: A file, key or value cannot be used.
     """
     config_class = load(COMMANDS[name][0])
-    shown = [f"metris {name} {example}".rstrip() for example in EXAMPLES[name]]
-    parser = Parser(
-        prog=f"metris {name}",
-        description=config_class.__doc__,
-        epilog="\n  ".join(["examples:", *shown]),
-        formatter_class=Help,
-    )
-    parser.add_argument(
-        "--config",
-        action="config",
-        help="YAML file of the options below, repeatable"
-        + f"; --preset NAME takes one of this package's: {', '.join(preset_names())}"
-        * (name in WITH_PRESETS),
-    )
-    parser.add_class_arguments(config_class, as_group=False)
+    parser = _parser(name, config_class)
     bare = BARE.get(name, ())
     while bare and arguments and not arguments[0].startswith("-"):
         arguments = [*arguments[1:], f"{bare[0]}={arguments[0]}"]
         bare = bare if bare[0].endswith("+") else bare[1:]
-    files, overrides, expressions = _split(arguments, parser.prog)
+    files, overrides, expressions = _split(arguments, config_class, parser.prog)
     if expressions and "expression" not in known_keys(config_class):
         refuse_unknown(parser.prog, "expression", config_class)
-    sources = [_source(name, path, config_class) for path in files]
-    keys = [*known_keys(config_class), "help", "config", "preset", "print_config", "data.help"]
-    for argument in overrides:
-        key = argument.removeprefix("--").split("=")[0].removesuffix("+")
+    values = [f"--config={json.dumps(_values(name, path, config_class), default=str)}" for path in files]
+    keys = [*known_keys(config_class), "help", "config", "preset", "print_config"]
+    given = {argument.removeprefix("--").split("=")[0].removesuffix("+") for argument in overrides}
+    for key in (argument for argument in overrides if argument.startswith("--")):
+        key = key.removeprefix("--").split("=")[0].removesuffix("+")
         inside_mapping = key.rsplit(".", 1)[0].endswith("_options")
-        if argument.startswith("--") and key not in keys and not inside_mapping:
+        if key not in keys and not inside_mapping and not key.endswith(".help"):
             refuse_unknown(parser.prog, key, config_class)
-    parsed = parser.parse_args([*(f"--config={source}" for source in sources), *overrides])
-    filled = vars(parser.instantiate(parsed))
+    if "epochs" in given and "steps" not in given:
+        overrides = ["--steps=null", *overrides]  # what is typed stands above the steps of a preset
+    filled = vars(parser.instantiate(parser.parse_args([*values, *overrides])))
     if expressions:
         filled["expression"] = expressions  # past the parser, which would read some sentences as YAML
     return config_class(**{key: value for key, value in filled.items() if key != "config"})
 
 
-def _source(name: str, path: Path, config_class: type) -> str:
-    """Check a config file and give its text for the parser; of a preset, `profile` takes the model."""
+def _parser(name: str, config_class: type) -> Parser:
+    examples = [f"metris {name} {example}".rstrip() for example in EXAMPLES[name]]
+    parser = Parser(
+        prog=f"metris {name}",
+        description=config_class.__doc__,
+        epilog="\n  ".join(["examples:", *examples]),
+        formatter_class=Help,
+    )
+    preset = f"; --preset NAME takes one of this package's: {', '.join(preset_names())}"
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="YAML file of the options below, repeatable" + preset * (name in WITH_PRESETS),
+    )
+    parser.add_class_arguments(config_class, as_group=False)
+    return parser
+
+
+def _all_commands() -> Parser:
+    """Give one parser of all commands, whose --print_shtab is jsonargparse's own script for a shell."""
+    whole = Parser(prog="metris")
+    commands, pairs = whole.add_subcommands(), {}
+    for name, (place, _) in COMMANDS.items():
+        first, _, second = name.partition(" ")
+        if second and first not in pairs:
+            pair = Parser(prog=f"metris {first}")
+            commands.add_subcommand(first, pair)
+            pairs[first] = pair.add_subcommands()
+        into = pairs[first] if second else commands
+        into.add_subcommand(second or first, _parser(name, load(place)))
+    return whole
+
+
+def _values(name: str, path: Path, config_class: type) -> dict[str, Any]:
+    """Read a config file under the names of today; of a preset, `profile` takes the model."""
     if name == "profile" and path.parent == PRESETS:
-        return json.dumps({"model": read_yaml(path, ModelConfig, section="model")})
-    return json.dumps(read_yaml(path, config_class), default=str)
+        return {"model": read_yaml(path, ModelConfig, section="model")}
+    return read_yaml(path, config_class)
 
 
-def _split(arguments: list[str], prog: str) -> tuple[list[Path], list[str], list[str]]:
+def _split(arguments: list[str], config_class: type, prog: str) -> tuple[list[Path], list[str], list[str]]:
     """Part config files (presets among them) from overrides; a bare --flag means true, sentences add up."""
     files, overrides, expressions = [], [], []
+    flags = known_flags(config_class)
     waiting = list(arguments)
     while waiting:
         name, has_value, value = waiting.pop(0).partition("=")
-        name = "--dry_run" if name == "--dry-run" else name
+        if name.startswith("--"):
+            name = "--" + name[2:].replace("-", "_")
         if name in ("--config", "--preset"):
             if not has_value and not waiting:
                 raise InputError(f"{prog}: {name} needs a value; see {prog} --help")
@@ -204,11 +239,13 @@ def _split(arguments: list[str], prog: str) -> tuple[list[Path], list[str], list
             files.append(preset_file(value) if name == "--preset" else Path(value))
         elif name == "--expression" and (has_value or waiting):
             expressions.append(value if has_value else waiting.pop(0))
-        elif name in _FLAGS and not has_value:
+        elif name.removeprefix("--") in flags and not has_value:
             follows = waiting[:1] in (["true"], ["false"])
             overrides.append(f"{name}={waiting.pop(0) if follows else 'true'}")
         else:
             overrides.append(f"{name}{has_value}{value}")
+            if name.startswith("--") and not has_value and waiting and name != "--help":
+                overrides.append(waiting.pop(0))  # its value, whatever it looks like
     return files, overrides, expressions
 
 

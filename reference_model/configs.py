@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-import functools
+import math
 import re
 import typing
 from collections.abc import Iterator, Mapping
@@ -11,6 +11,7 @@ from typing import Any, NoReturn, TypeVar
 
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
+from jsonargparse.typing import restricted_number_type
 
 from reference_model.files import InputError
 
@@ -19,13 +20,32 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 PRESETS = Path(__file__).parent / "presets"
 Config = TypeVar("Config")
 
-DROPPED: dict[str, Any] = {
+Positive = restricted_number_type("FinitePositive", float, [(">", 0), ("<", math.inf)])
+NotNegative = restricted_number_type("FiniteNotNegative", float, [(">=", 0), ("<", math.inf)])
+Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**31)])
+
+_GROUPS = {
+    "optim": (
+        *("learning_rate", "image_encoder_lr", "text_encoder_lr", "warmup_steps", "poly_power"),
+        *("weight_decay", "clip_norm", "ema_decay"),
+    ),
+    "loss": ("contrastive_weight", "contrastive_temperature", "no_target_weight"),
+    "checkpointing": ("save_every", "keep_last", "keep_best", "skip_nonfinite"),
+    "parallel": (
+        *("accumulate", "precision", "sharding", "checkpoint_activations", "compile", "channels_last"),
+    ),
+    "logging": ("log_every", "tracker"),
+}
+RENAMED = {key: f"{group}.{key}" for group, keys in _GROUPS.items() for key in keys}
+"""Options as config files had them before -> their names of today; a rename adds its line."""
+DROPPED = {
     "contrastive_rows": "global",
-    "learn_aggregation_temperature": False,
     "share_temperature": False,
+    "learn_aggregation_temperature": False,
     "straight_through": False,
 }
-"""Options of earlier versions that made no measurable difference -> the value that all now have."""
+"""Options of before that made no measurable difference (docs/ablations/table-learning.md) -> the value that
+all models have now."""
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -35,6 +55,12 @@ class _PlainLoader(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError(f"alias *{self.peek_event().anchor} is not allowed, write the value out")
         return super().compose_node(parent, index)
+
+
+# As jsonargparse reads numbers; YAML 1.1 takes 1e-3 for a word.
+_PlainLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
 
 
 class Help(DefaultHelpFormatter):
@@ -56,6 +82,10 @@ class Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise what jsonargparse would print with its usage."""
         line = " ".join(str(message).split())
+        if found := _RESTRICTED.search(line):
+            value = (found["value"] or line.rsplit("Given value: ")[-1]).strip()
+            problem = f"must be {_bound(found['bound'])}, got {value}"
+            raise InputError(found["key"], problem, f"see {self.prog} --help") from ex
         raise InputError(f"{self.prog}: {line}; see {self.prog} --help") from ex
 
 
@@ -103,24 +133,89 @@ def read_yaml(path: str | Path, config: type, *, section: str | None = None) -> 
     if not isinstance(loaded, dict):
         where = f"section {section} of {path}" if section else str(path)
         raise InputError(f"{where}: holds a {type(loaded).__name__}, expected a mapping of config keys")
-    for key in list(_unknown_keys(loaded, config)):
-        *inside, name = key.split(".")
-        if name not in DROPPED:
-            refuse_unknown(str(path), key, config)
-        value = functools.reduce(dict.__getitem__, inside, loaded).pop(name)
-        if section is None and value != DROPPED[name]:
-            problem = f"is no longer an option, and {value} cannot be had"
-            raise InputError(f"{path}: {key}", problem, f"set it to {_typed(DROPPED[name])}, or leave it out")
+    # Of a checkpoint's network they no longer matter: they were about training, or are in its weights.
+    loaded = _renamed(loaded, config, str(path), refuse=section is None)
+    for key in _unknown_keys(loaded, config):
+        refuse_unknown(str(path), key, config)
     return loaded
 
 
-def _typed(value: Any) -> str:
-    return yaml.safe_dump(value).split("\n")[0]
+def _renamed(
+    values: Mapping[str, Any], config: type, source: str, *, refuse: bool, prefix: str = ""
+) -> dict[str, Any]:
+    """Give config values under the names of today.
+
+    Raises:
+        InputError: An option that is gone has another value than all models have now (``refuse``), or one is
+            there under both of its names.
+    """
+    nested = dict(_fields(config))
+    today = {key: value for key, value in values.items() if key in nested or key not in {*RENAMED, *DROPPED}}
+    for key, kind in nested.items():
+        if kind is not None and isinstance(today.get(key), dict):
+            inside = f"{prefix}{key}."
+            today[key] = _renamed(today[key], kind, source, refuse=refuse, prefix=inside)
+    for key in values.keys() - today.keys():
+        if key in DROPPED:
+            if refuse and values[key] != DROPPED[key]:
+                problem = f"is no longer an option, and {values[key]} cannot be had"
+                step = f"set it to {str(DROPPED[key]).lower()}, or leave it out"
+                raise InputError(f"{source}: {prefix}{key}", problem, step)
+            continue
+        group, name = RENAMED[key].split(".")
+        if group not in nested:
+            today[key] = values[key]  # unknown here, and refused as that
+            continue
+        inside = today.setdefault(group, {})
+        if name in inside:
+            raise InputError(source, f"has both {key} and {group}.{name}", f"remove {key}")
+        today[group] = {**inside, name: values[key]}
+    return today
+
+
+def check_bounds(config: Any, prefix: str = "") -> None:
+    """Refuse values outside the bounds of their fields' types, in a config made in Python.
+
+    Raises:
+        InputError: Names the field, the bound and the value.
+    """
+    types = typing.get_type_hints(type(config))
+    for one in dataclasses.fields(config):
+        value = getattr(config, one.name)
+        if dataclasses.is_dataclass(value):
+            check_bounds(value, f"{prefix}{one.name}.")
+            continue
+        choices = (types[one.name], *typing.get_args(types[one.name]))
+        bounded = next((c for c in choices if hasattr(c, "_restrictions")), None)
+        if bounded is None or value is None:
+            continue
+        try:
+            bounded(value)
+        except (ValueError, TypeError) as error:
+            problem = f"must be {_bound(bounded._expression)}, got {value}"
+            raise InputError(f"{prefix}{one.name}", problem, "give a value inside") from error
 
 
 def refuse_unknown(source: str, key: str, config: type) -> NoReturn:
     """Raise the error for a key that no field of ``config`` has."""
-    raise InputError(f"{source}: unknown key {key}{_nearest(key, known_keys(config))}")
+    last = key.rsplit(".", 1)[-1]
+    if last in DROPPED:
+        raise InputError(f"{source}: unknown key {key}, it is gone; all models have {DROPPED[last]}")
+    renamed = RENAMED.get(key)
+    known = known_keys(config)
+    hint = f", did you mean {renamed}?" if renamed in known else _nearest(key, known)
+    raise InputError(f"{source}: unknown key {key}{hint}")
+
+
+def known_flags(config: type, prefix: str = "") -> set[str]:
+    """Give the dotted names of all fields that are true or false, nested dataclasses included."""
+    flags, types = set(), typing.get_type_hints(config)
+    for name, nested in _fields(config):
+        if nested is not None:
+            flags |= known_flags(nested, f"{prefix}{name}.")
+        elif types[name] is bool:
+            flags.add(f"{prefix}{name}")
+    return flags
 
 
 def known_keys(config: type) -> list[str]:
@@ -173,6 +268,18 @@ def _fields(config: type) -> Iterator[tuple[str, type | None]]:
     for field in dataclasses.fields(config):
         choices = (types[field.name], *typing.get_args(types[field.name]))
         yield field.name, next((c for c in choices if dataclasses.is_dataclass(c)), None)
+
+
+# What jsonargparse says of a value outside the bounds of a type; of a union it gives the value at its end.
+_RESTRICTED = re.compile(
+    r'Parser key "(?P<key>[^"]+)":.*Not of type \w+: (?P<value>\S+ )?does not conform to restriction '
+    r"(?P<bound>v\S+(?: and v\S+)*)"
+)
+
+
+def _bound(expression: str) -> str:
+    """Turn jsonargparse's ``v>0 and v<1`` into ``> 0 and < 1``."""
+    return re.sub(r"v([<>=]+)", r"\1 ", expression).replace(str(2**31), "2^31")
 
 
 def _nearest(name: str, known: list[str]) -> str:

@@ -1,8 +1,7 @@
 """Training loss: binary cross-entropy on the mask and the pixel contrastive term (METRIS 3.2, 3.3)."""
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -29,7 +28,6 @@ class MetrisLoss(nn.Module):
     Args:
         contrastive_weight: Weight of Eq. 4, >= 0; the paper does not print it.
         temperature: Where τ starts, > 0; the paper does not print it.
-        contrastive_rows: Scores that Eq. 4 supervises: the global cue's, as the paper, or every real word's.
         no_target_weight: Weight of the no-target classifier's loss, >= 0; ReLA's is 0.1.
     """
 
@@ -38,12 +36,10 @@ class MetrisLoss(nn.Module):
         *,
         contrastive_weight: float,
         temperature: float,
-        contrastive_rows: Literal["global", "all"] = "global",
         no_target_weight: float = 0.1,
     ) -> None:
         super().__init__()
         self.contrastive_weight = contrastive_weight
-        self.contrastive_rows = contrastive_rows
         self.no_target_weight = no_target_weight
         self.contrastive = PixelContrastiveLoss(temperature=temperature)
 
@@ -51,43 +47,27 @@ class MetrisLoss(nn.Module):
         self,
         output: MetrisOutput,
         target: Tensor,
-        language_mask: Tensor,
         no_target: Tensor | None = None,
-        *,
-        word_share: Tensor | float = 1.0,
     ) -> Losses:
         """Compare.
 
         Args:
             output: Of the model.
             target: (b, h, w) in [0, 1].
-            language_mask: (b, l) bool; True = real token.
             no_target: (b) bool; True = nothing in the image is meant. None: where ``target`` is empty.
-            word_share: Where this is one of several equal pieces of a batch and all words' scores are
-                supervised: its real words per word of the mean piece, so that the mean of the pieces' losses
-                is the loss of the batch.
         """
         mask = F.binary_cross_entropy_with_logits(output.logits.float(), target)
-        contrastive, absence = self._contrastive(output, target, language_mask), mask.new_zeros(())
-        if self.contrastive_rows == "all":
-            contrastive = contrastive * word_share
+        contrastive, absence = self._contrastive(output, target), mask.new_zeros(())
         if output.no_target is not None:
             absent = target.flatten(1).amax(dim=1) == 0 if no_target is None else no_target
             absence = F.binary_cross_entropy_with_logits(output.no_target.float(), absent.float())
         total = mask + self.contrastive_weight * contrastive + self.no_target_weight * absence
         return Losses(total, mask, contrastive, absence)
 
-    def _contrastive(self, output: MetrisOutput, target: Tensor, language_mask: Tensor) -> Tensor:
+    def _contrastive(self, output: MetrisOutput, target: Tensor) -> Tensor:
         if output.scores is None:
             return target.new_zeros(())
         h, w = target.shape[1:]
         # Cells beyond the image, where the encoder pads it, hold nothing of the target.
         target = F.pad(target, (0, output.extent[1] - w, 0, output.extent[0] - h))
-        if self.contrastive_rows == "global":
-            return self.contrastive(output.scores[:, 0], target, grid=output.grid)
-        l, n = output.scores.shape[1:]
-        scores = rearrange(output.scores, "b l n -> (b l) n")
-        # Averaged over the cells first: l copies of full masks would be large.
-        targets = repeat(F.adaptive_avg_pool2d(target, output.grid), "b h w -> (b l) h w", l=l)
-        real = repeat(language_mask, "b l -> (b l) n", n=n)
-        return self.contrastive(scores, targets, grid=output.grid, visual_mask=real)
+        return self.contrastive(output.scores[:, 0], target, grid=output.grid)

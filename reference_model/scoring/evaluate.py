@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from reference_model.checkpoints.checkpoint import load_checkpoint
 from reference_model.data.convert import made_of
 from reference_model.data.datasets import read
-from reference_model.data.readers.reader import Reader, Stream
+from reference_model.data.readers.reader import Reader, Split, as_list
 from reference_model.data.records import Record
 from reference_model.data.untrusted import read_plain_json
 from reference_model.files import InputError, refuse_unwritable, shown, written_whole
@@ -58,11 +58,10 @@ def _evaluate(
 ) -> dict[str, dict[str, Scores]]:
     first = place()[0] == 0
     reader = read(config.data, images=config.predictions is None)
-    splits: dict[str, Iterable[Record]] = {}
+    splits: dict[str, Split] = {}
     for split in (name.strip() for name in config.splits.split(",")):
-        splits[split] = Stream(reader, split) if reader.streamed else reader.records(split)
-        if next(iter(splits[split]), None) is None:  # of a stream, this finds wrong names before long work
-            raise InputError(f"{reader.source}: split {split!r} has no records; choose another")
+        splits[split] = reader.split(split)
+        splits[split].refuse_empty("choose another")
     for path in (out := _out(config), config.results):
         if path is not None:
             refuse_unwritable(path)
@@ -72,7 +71,7 @@ def _evaluate(
     name, predictor = _predictor(config, protocol, splits, device)
     mean_mask = None
     if config.baselines:
-        train = evenly(Stream(reader, "train"), reader.splits.get("train", 0))
+        train = evenly(reader.stream("train"), reader.splits.get("train", 0))
         size = getattr(predictor, "image_size", protocol.size or 480)
         mean_mask = mean_mask_baseline(train, size, on_error=config.data.on_error)
 
@@ -227,13 +226,11 @@ def _predictor(
     if config.predictions is not None:
         file = Predictions(config.predictions, config.protocol)
         for records in splits.values() if config.data.on_error == "stop" else ():
-            if isinstance(records, Sequence):
+            if as_list(records) is not None:
                 file.refuse_missing([record for group in ImageGroups(records, protocol) for record in group])
         return config.predictions.name, FilePredictor(file, config.data.on_error)
     checkpoint = load_checkpoint(config.checkpoint, device=device)
-    listed = [
-        record.expression for found in splits.values() if isinstance(found, Sequence) for record in found
-    ]
+    listed = [record.expression for split in splits.values() for record in as_list(split) or ()]
     if listed and place()[0] == 0:
         report_overlong(checkpoint.tokenizer, listed, checkpoint.config.max_tokens)
     options = {"batch_size": config.batch_size, "workers": config.data.workers}

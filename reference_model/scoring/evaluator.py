@@ -2,7 +2,7 @@
 
 import random
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ import numpy as np
 import torch.distributed as dist
 from tqdm import tqdm
 
-from reference_model.data.readers.reader import OnError
+from reference_model.data.readers.reader import OnError, as_list
 from reference_model.data.records import Record, segmentation_defect
 from reference_model.data.transforms import resize_mask
 from reference_model.files import InputError
@@ -61,9 +61,9 @@ class ImageGroups:
     processes: int = 1
 
     def __iter__(self) -> Iterator[list[Record]]:
-        records = self.records
-        if isinstance(records, Sequence):
-            records = sorted(records, key=lambda record: (record.image_id, record.ref_id))
+        records, listed = self.records, as_list(self.records)
+        if listed is not None:
+            records = sorted(listed, key=lambda record: (record.image_id, record.ref_id))
         for number, (_, group) in enumerate(groupby(records, key=lambda record: record.image_id)):
             if number % self.processes == self.process:
                 refs = groupby(group, key=lambda record: record.ref_id)
@@ -127,7 +127,8 @@ class Evaluator:
         """
         share = place()
         answers = predictor(ImageGroups(records, self.protocol, *share))
-        total = len(records) if total is None and isinstance(records, Sequence) else total
+        if total is None and (listed := as_list(records)) is not None:
+            total = len(listed)
         total = total if self.protocol.sentences == "all" and share[1] == 1 else None
         truths: dict[int, tuple[Any, np.ndarray | None]] = {}
         image = None

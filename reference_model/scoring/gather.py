@@ -1,11 +1,12 @@
 """What several processes saw of a split, put together in the order of one."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple, TextIO
 
 import torch.distributed as dist
 
+from reference_model.data.readers.reader import as_list
 from reference_model.data.records import Record
 from reference_model.files import InputError, shown
 from reference_model.processes import place
@@ -76,7 +77,7 @@ def _refuse_repeated(splits: dict[str, Iterable[Record]]) -> None:
     """Refuse to write results of a split with two sentences of one number; a stream is seen as it goes."""
     for records in splits.values():
         seen: set[tuple[str, int]] = set()
-        for record in records if isinstance(records, Sequence) else ():
+        for record in as_list(records) or ():
             if (record.split, record.sent_id) in seen:
                 raise _repeated(record)
             seen.add((record.split, record.sent_id))

@@ -35,17 +35,17 @@ def start_processes(config: TrainConfig) -> Accelerator:
     device = join_processes(config.device)
     if device.type == "cuda" and ":" in config.device:
         torch.cuda.set_device(device)  # whose random numbers a state takes
-    if config.precision == "fp16" and device.type != "cuda":
+    if config.parallel.precision == "fp16" and device.type != "cuda":
         raise InputError(f"precision fp16: needs a GPU, the device is {device}; use bf16 or float32")
-    if config.precision == "fp16" and config.sharding == "fsdp2":
+    if config.parallel.precision == "fp16" and config.parallel.sharding == "fsdp2":
         raise InputError("precision fp16: its loss scaling does not know sharding fsdp2; use bf16")
     # It is one for the whole process otherwise, with the settings of the run before.
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(
         cpu=device.type != "cuda",
         device_placement=False,
-        mixed_precision={"float32": "no"}.get(config.precision, config.precision),
-        log_with=None if config.tracker == "none" else config.tracker,
+        mixed_precision={"float32": "no"}.get(config.parallel.precision, config.parallel.precision),
+        log_with=None if config.logging.tracker == "none" else config.logging.tracker,
         project_dir=config.out,
         step_scheduler_with_optimizer=False,
     )
@@ -158,6 +158,11 @@ def mean_over_processes(values: Tensor) -> Tensor:
         dist.all_reduce(values)
         values /= dist.get_world_size()
     return values
+
+
+def any_process(flag: bool) -> bool:
+    """Whether a flag is set in any process; all must ask. Goes by the CPU, so that no GPU is waited for."""
+    return flag if not dist.is_initialized() else mean_over_processes(torch.tensor(float(flag))).item() > 0
 
 
 def take_from_first(module: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from reference_model.data.collate import Batch
+from reference_model.data.records import Record
 from reference_model.model.loss import Losses, MetrisLoss
 from reference_model.model.metris import METRIS
 from reference_model.training import distributed as scale
@@ -17,6 +18,19 @@ from reference_model.training import state
 from reference_model.training.config import TrainConfig
 from reference_model.training.objective import Objective
 from reference_model.training.schedule import adamw
+
+
+class StepReport(NamedTuple):
+    """What a step gave, still on the device."""
+
+    step: int
+    losses: Losses
+    """Scalars, the mean over micro-batches and processes."""
+    norm: Tensor
+    """Of the gradients before they are clipped, a scalar, the same on all processes. In fp16 it may be
+    infinite while the loss scale settles; its scaler leaves such steps out."""
+    records: list[Record]
+    """Of this process's micro-batches."""
 
 
 class Learner:
@@ -33,35 +47,38 @@ class Learner:
         self, config: TrainConfig, model: METRIS, loss: MetrisLoss, accelerator: Accelerator
     ) -> None:
         self.config, self.accelerator, self.model = config, accelerator, model
-        self.sharded = config.sharding == "fsdp2" and accelerator.num_processes > 1
-        rates = {model.image_encoder: config.image_encoder_lr, model.text_encoder: config.text_encoder_lr}
+        self.sharded = config.parallel.sharding == "fsdp2" and accelerator.num_processes > 1
+        rates = {
+            model.image_encoder: config.optim.image_encoder_lr,
+            model.text_encoder: config.optim.text_encoder_lr,
+        }
         frozen = [encoder for encoder, rate in rates.items() if rate == 0]
         objective = Objective(model, loss, frozen=frozen).train().to(accelerator.device)
-        if config.channels_last and not self.sharded:
+        if config.parallel.channels_last and not self.sharded:
             model.to(memory_format=torch.channels_last)
-        if config.checkpoint_activations:
+        if config.parallel.checkpoint_activations:
             scale.checkpoint_layers(model)
         scale.share_batch_norm(objective, accelerator)
 
         self._buffers: list[Tensor] = []
         self.average: AveragedModel | None = None
-        if config.ema_decay is not None:
-            self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
+        if config.optim.ema_decay is not None:
+            self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.optim.ema_decay))
         # Processes score different numbers of batches, so they do it with weights that are not spread.
         self.copy = copy.deepcopy(model) if self.sharded else None
         if self.sharded:
             scale.shard(objective)
             if self.average is not None:
                 scale.shard(self.average.module)
-        if config.compile:
+        if config.parallel.compile:
             model.compile()
 
         self.bare = objective
         """The objective under its own names; ``objective`` may be wrapped."""
         self.optimiser = adamw(
             objective,
-            learning_rate=config.learning_rate,
-            weight_decay=config.weight_decay,
+            learning_rate=config.optim.learning_rate,
+            weight_decay=config.optim.weight_decay,
             multipliers=rates,
         )
         self.parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
@@ -69,21 +86,20 @@ class Learner:
         self.objective = objective if self.sharded else accelerator.prepare_model(objective)
         self.stepper = accelerator.prepare_optimizer(self.optimiser)
 
-    def gradients(self, micro_batches: Sequence[Batch]) -> Tensor:
-        """Run a step's micro-batches forward and backward.
+    def gradients(self, step: int, batches: Sequence[Batch]) -> "StepReport":
+        """Run a step's micro-batches forward and backward, and clip the gradients, if the recipe says so.
 
-        Returns:
-            `Losses` as a tensor of four, the mean over the micro-batches of this process.
+        Nothing here waits for the device.
         """
         self.stepper.zero_grad(set_to_none=True)
-        if self.config.skip_nonfinite:
+        if self.checks_each_step:
             self._buffers = [buffer.clone() for buffer in self.bare.buffers()]
-        reported = []
-        for i, (batch, share) in enumerate(zip(micro_batches, self._word_shares(micro_batches)), start=1):
+        sums = []
+        for i, batch in enumerate(batches, start=1):
             batch = batch.to(self.accelerator.device)
             # An object may be too small for the resized mask: the records know better.
             absent = torch.tensor([record.no_target for record in batch.records], device=batch.masks.device)
-            with scale.without_averaging(self.objective, last=i == len(micro_batches)):
+            with scale.without_averaging(self.objective, last=i == len(batches)):
                 with self.accelerator.autocast():
                     losses: Losses = self.objective(
                         batch.images,
@@ -92,31 +108,43 @@ class Learner:
                         batch.language_mask,
                         batch.masks.float(),
                         absent,
-                        share,
                     )
-                self.accelerator.backward(losses.total / len(micro_batches))
-            reported.append(torch.stack([value.detach().float() for value in losses]))
-        return torch.stack(reported).mean(dim=0)
-
-    def clip(self) -> Tensor:
-        """Clip the gradients, if the recipe says so.
-
-        Returns:
-            Their norm before that, a scalar, the same on all processes. In fp16 it may be infinite while the
-            loss scale settles; its scaler leaves such steps out.
-        """
+                self.accelerator.backward(losses.total / len(batches))
+            sums.append(torch.stack([value.detach().float() for value in losses]))
+        means = scale.mean_over_processes(torch.stack(sums).mean(dim=0))
         if self.sharded:
             scale.average_scalars(self.parameters)
         self.accelerator.unscale_gradients()
-        return scale.clip_gradients(self.parameters, self.config.clip_norm)
+        norm = scale.clip_gradients(self.parameters, self.config.optim.clip_norm)
+        records = [record for batch in batches for record in batch.records]
+        return StepReport(step, Losses(*means.unbind()), norm.float(), records)
 
-    def update(self) -> None:
-        """Take the optimiser's step."""
-        self.stepper.step()
+    @property
+    def checks_each_step(self) -> bool:
+        """Whether each step waits for the device to see if it was finite.
+
+        By default none does: the optimiser's kernel leaves weights as they are where it was not, and the run
+        stops where losses are read next. Where steps may be left out, their batch statistics are put back at
+        once. FSDP2's kernel and the loss scale of fp16 know of no such flag.
+        """
+        skips = self.config.checkpointing.skip_nonfinite > 0
+        return skips or self.sharded or self.accelerator.scaler is not None
+
+    def update(self, report: "StepReport") -> None:
+        """Take the optimiser's step, unless loss or gradient is not finite: then nothing changes."""
+        finite = report.losses.total.isfinite() & report.norm.isfinite()
+        if not self.checks_each_step:
+            self.optimiser.found_inf = (~finite).float()  # read by the fused kernel, as GradScaler has it
+            self.stepper.step()
+        elif finite or (self.settling and report.losses.total.isfinite()):
+            self.stepper.step()
+        else:
+            self._undo()
+            return
         if self.average is not None:
             self.average.update_parameters(self.model)
 
-    def leave_out(self) -> None:
+    def _undo(self) -> None:
         """Undo what a step has done before the optimiser's: statistics of batch norm, fp16's record of it."""
         for buffer, before in zip(self.bare.buffers(), self._buffers, strict=True):
             buffer.copy_(before)
@@ -149,10 +177,3 @@ class Learner:
         state.restore(tensors, self.bare, self.optimiser, self.average)
         if self.accelerator.scaler is not None and scaler is not None:
             self.accelerator.scaler.load_state_dict(scaler)
-
-    def _word_shares(self, micro_batches: Sequence[Batch]) -> list[float]:
-        """Give each piece's real words per word of the mean piece, over all processes."""
-        if self.config.contrastive_rows == "global":
-            return [1.0] * len(micro_batches)
-        words = torch.tensor([float(batch.language_mask.sum()) for batch in micro_batches])
-        return (words / scale.mean_over_processes(words.mean(dim=0, keepdim=True))).tolist()

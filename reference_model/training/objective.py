@@ -43,8 +43,7 @@ class Objective(nn.Module):
         language_mask: Tensor,
         masks: Tensor,
         no_target: Tensor,
-        word_share: Tensor | float = 1.0,
     ) -> Losses:
         """Compare what the model finds with the masks; arguments as in `Batch` and `MetrisLoss`."""
         output = self.model(images, token_ids, language_mask, image_index)
-        return self.loss(output, masks, language_mask, no_target, word_share=word_share)
+        return self.loss(output, masks, no_target)

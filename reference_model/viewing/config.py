@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from reference_model.data.config import DataConfig
 
@@ -132,14 +131,3 @@ class InfoConfig:
 
     json: bool = False
     """Print JSON instead of tables."""
-
-
-@dataclass(frozen=True)
-class CompletionConfig:
-    """Print a script that completes commands, options and choices: ``metris completion bash``.
-
-    The folder it is written to has to be there (mkdir -p); for zsh it is one of those in $fpath.
-    """
-
-    shell: Literal["bash", "zsh"]
-    """Shell that shall read it."""

@@ -1,7 +1,6 @@
 """A data set of a few scenes and a network of a few thousand parameters, shared by the tests of the model."""
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,9 +14,10 @@ from reference_model.model.build import build_metris
 from reference_model.model.config import ModelConfig
 from reference_model.synthetic.config import GenerateConfig
 from reference_model.synthetic.generate import generate
-from reference_model.training.config import TrainConfig
+from reference_model.training.config import OptimConfig, TrainConfig
 from reference_model.training.train import train
 from reference_model.viewing.explain import encode, explain
+from tests.support.options import replace
 
 SMALL = ModelConfig(
     image_encoder="convnext_atto",
@@ -60,7 +60,7 @@ def run_config(scenes, tmp_path_factory) -> TrainConfig:
         steps=4,
         batch_size=4,
         sentences_per_image=2,
-        learning_rate=1e-3,
+        optim=OptimConfig(learning_rate=1e-3),
         evaluate_every=0,
     )
 

@@ -5,7 +5,6 @@ import fcntl
 import json
 import math
 import statistics
-from dataclasses import replace
 
 import pytest
 
@@ -15,7 +14,8 @@ from reference_model.cli import main, parse
 from reference_model.configs import preset_file, read_yaml
 from reference_model.data.config import DataConfig
 from reference_model.files import InputError
-from reference_model.training.config import AblateConfig, TrainConfig
+from reference_model.training.config import AblateConfig, OptimConfig, TrainConfig
+from tests.support.options import replace
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def config(scenes, small, tmp_path) -> AblateConfig:
         seeds=2,
         steps=2,
         batch_size=4,
-        learning_rate=1e-3,
+        optim=OptimConfig(learning_rate=1e-3),
         evaluate_every=0,
         device="cpu",
     )
@@ -159,13 +159,13 @@ def test_run_of_other_settings_is_refused(config, monkeypatch):
     monkeypatch.setattr(command, "train", lambda _: pytest.fail("was trained already"))
     elsewhere = replace(config.data, root=config.data.root.parent / "data", workers=1)
     command.ablate(replace(config, data=elsewhere, cache=True, jobs=1))
-    with pytest.raises(InputError, match=r"holds a run with learning_rate=0\.001 \(asked for 0\.002\)"):
+    with pytest.raises(InputError, match=r"with optim\.learning_rate=0\.001 \(asked for 0\.002\)"):
         command.ablate(replace(config, learning_rate=2e-3))
     with pytest.raises(InputError, match=r"holds a run with model\.joint_dim=12 \(asked for 13\)"):
         command.ablate(replace(config, model=replace(config.model, joint_dim=13)))
     # A run from before an option was there had its default.
     for path in config.out.glob("*/*.yaml"):
-        path.write_text(path.read_text().replace("no_target_weight: 0.1\n", ""))
+        path.write_text(path.read_text().replace("  no_target_weight: 0.1\n", ""))
     command.ablate(config)
     with pytest.raises(InputError, match=r"no_target_weight=0\.1 \(asked for 0\.3\)"):
         command.ablate(replace(config, no_target_weight=0.3))
@@ -173,7 +173,7 @@ def test_run_of_other_settings_is_refused(config, monkeypatch):
 
 def test_failed_run_is_named_and_the_others_are_in_the_table(config, monkeypatch, capsys):
     def fail(run):
-        if run.contrastive_weight == 0:
+        if run.loss.contrastive_weight == 0:
             raise InputError("step 3: loss is nan")
         run.out.mkdir()
 
@@ -248,7 +248,7 @@ def test_preset_and_options_reach_every_run():
     config = parse("ablate", words)
     preset = read_yaml(preset_file("metris_tiny"), TrainConfig)
     assert (config.table, config.seeds, config.steps) == ("5", 3, 7)
-    assert config.learning_rate == preset["learning_rate"] and config.model.guidance_dim == 128
+    assert config.optim.learning_rate == preset["optim"]["learning_rate"] and config.model.guidance_dim == 128
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,7 @@
 import difflib
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NoReturn
 
@@ -19,6 +18,45 @@ Text = Literal["sent", "raw"]
 
 LONGEST_SENTENCE = 10_000  # characters
 LONGEST_NAME = 64  # of a split, characters
+
+
+class Split:
+    """The sentences of one split, to go through as often as needed.
+
+    Args:
+        reader: Of the data set.
+        name: Of the split, or of a part of one by seen and unseen classes.
+    """
+
+    listed: list[Record] | None
+    """All of them, in file order; None where the layout only streams them."""
+
+    def __init__(self, reader: "Reader", name: str) -> None:
+        self.reader, self.name = reader, name
+        self.listed = None if reader.streamed else reader.records(name)
+
+    def __iter__(self) -> Iterator[Record]:
+        return self.reader.stream(self.name) if self.listed is None else iter(self.listed)
+
+    @property
+    def count(self) -> int | None:
+        """Count of sentences; of a streamed split what the index says, None where it does not."""
+        return self.reader.splits.get(self.name) if self.listed is None else len(self.listed)
+
+    def refuse_empty(self, why: str) -> None:
+        """Refuse a split without a sentence; of a stream this finds wrong names before long work.
+
+        Raises:
+            InputError: There is none.
+        """
+        if next(iter(self), None) is None:
+            raise InputError(f"{self.reader.source}", f"split {self.name!r} has no sentence", why)
+
+
+def as_list(records: Iterable[Record]) -> Sequence[Record] | None:
+    """Give records as a list where they are one, and None where they are streamed."""
+    records = records.listed if isinstance(records, Split) else records
+    return records if isinstance(records, Sequence) else None
 
 
 class Reader(ABC):
@@ -84,6 +122,10 @@ class Reader(ABC):
         if empty:
             kind, whole = "seen" if part.seen else "unseen", " or ".join(part.splits)
             raise InputError(f"{self.source}: no record of {whole} is of {kind} classes only; use {whole}")
+
+    def split(self, name: str) -> Split:
+        """Give the sentences of a split, listed where the layout allows; raises as `stream` does."""
+        return Split(self, name)
 
     def records(self, split: str) -> list[Record]:
         """List the records of a split in file order, one a sentence; raises as `stream` does."""
@@ -193,14 +235,3 @@ def checked_expression(expression: str, where: str) -> str:
 def _categories(record: Record) -> frozenset[int]:
     found = record.category_id
     return frozenset(found if isinstance(found, tuple) else (found,))
-
-
-@dataclass(frozen=True)
-class Stream:
-    """A split whose records are never listed."""
-
-    reader: Reader
-    split: str
-
-    def __iter__(self) -> Iterator[Record]:
-        return self.reader.stream(self.split)

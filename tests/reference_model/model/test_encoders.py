@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-from dataclasses import replace
 from math import ceil
 from string import ascii_lowercase
 
@@ -38,6 +37,7 @@ from reference_model.model.text_encoder import TextEncoder
 from reference_model.tokens import article_ids, build_tokenizer, load_tokenizer, tokenize
 from reference_model.training.train import train
 from reference_model.viewing.explain import encode, explain, named
+from tests.support.options import replace
 
 TIMM, HUGGING = "swin_tiny_patch4_window7_224", "transformers/microsoft/swin-tiny-patch4-window7-224"
 HEADS = [1, 2, 2, 4]

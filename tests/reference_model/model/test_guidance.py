@@ -95,10 +95,9 @@ def test_extractor_of_an_ablation_equals_the_paper_equations(small, mask_softmax
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_trains_every_parameter(small, batch, variant):
-    mask = batch[2]
     model = build_metris(replace(small, guidance=variant, match_size=True, no_target=True)).train()
     loss = MetrisLoss(contrastive_weight=0.1, temperature=0.07)
-    loss(model(*batch), (torch.rand(B, 64, 64) < 0.3).float(), mask).total.backward()
+    loss(model(*batch), (torch.rand(B, 64, 64) < 0.3).float()).total.backward()
     silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert silent == []
 
@@ -128,37 +127,20 @@ def test_cues_choose_who_gets_a_visual_token(small, batch):
         assert found.scores[mask].abs().amax(dim=-1).gt(0).all(), "all words are scored, for Eq. 4"
 
 
-def test_loss_of_all_rows_is_the_mean_over_real_words(small, batch):
-    mask = batch[2]
-    output = build_metris(small).eval()(*batch)
-    target = (torch.rand(B, 64, 64) < 0.3).float()
-    options = {"contrastive_weight": 1.0, "temperature": 0.5}
-    found = MetrisLoss(**options, contrastive_rows="all")(output, target, mask).contrastive
-    rows = []
-    for i in range(B):
-        for j in range(L):
-            if mask[i, j]:
-                one = output._replace(scores=output.scores[i : i + 1, j : j + 1])
-                one = one._replace(logits=output.logits[i : i + 1])
-                rows.append(MetrisLoss(**options)(one, target[i : i + 1], mask[i : i + 1]).contrastive)
-    torch.testing.assert_close(found, torch.stack(rows).mean())
-
-
 def test_without_scores_the_contrastive_loss_is_zero(small, batch):
     output = build_metris(replace(small, guidance="enhanced_le")).eval()(*batch)
-    losses = MetrisLoss(contrastive_weight=1.0, temperature=0.5)(output, torch.zeros(B, 64, 64), batch[2])
+    losses = MetrisLoss(contrastive_weight=1.0, temperature=0.5)(output, torch.zeros(B, 64, 64))
     assert losses.contrastive == 0 and losses.total == losses.mask
 
 
 def test_no_target_loss_is_the_cross_entropy_of_its_label(small, batch):
-    mask = batch[2]
     output = build_metris(replace(small, no_target=True)).eval()(*batch)
     loss = MetrisLoss(contrastive_weight=0.0, temperature=0.5, no_target_weight=0.25)
     empty, p = torch.zeros(B, 64, 64), output.no_target.double().sigmoid()
-    told = loss(output, empty, mask, torch.tensor([True, False]))
+    told = loss(output, empty, torch.tensor([True, False]))
     torch.testing.assert_close(told.no_target.double(), -(p[0].log() + (1 - p[1]).log()) / 2)
     torch.testing.assert_close(told.total, told.mask + 0.25 * told.no_target)
-    torch.testing.assert_close(loss(output, empty, mask).no_target.double(), -p.log().mean())
+    torch.testing.assert_close(loss(output, empty).no_target.double(), -p.log().mean())
 
 
 def test_unknown_variant_is_refused():

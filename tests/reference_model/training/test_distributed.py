@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,10 @@ from reference_model.training import distributed as scale
 from reference_model.training import state
 from reference_model.training import train as loop
 from reference_model.training.config import TrainConfig
-from reference_model.training.learner import Learner
+from reference_model.training.learner import Learner, StepReport
 from reference_model.training.train import train
 from tests.reference_model.training.test_resume import in_child
+from tests.support.options import replace
 
 STEPS = 20
 # 1.2e-7 · about fifty roundings of a step, that twenty steps of Adam carry on.
@@ -44,7 +44,6 @@ def plain(run_config) -> TrainConfig:
         steps=STEPS,
         batch_size=16,
         clip_norm=0.5,
-        contrastive_rows="all",
         contrastive_weight=1.0,
         ema_decay=0.9,
         device="cpu",
@@ -89,13 +88,7 @@ def recorded(config: TrainConfig, *, world: int = 1, kill_at: int | None = None)
 
     def task(rank: int) -> None:
         found: dict[str, list] = {"losses": [], "norms": [], "sentences": []}
-        mean, clip, gradients = scale.mean_over_processes, scale.clip_gradients, Learner.gradients
-
-        def watched_mean(values):
-            result = mean(values)
-            if len(values) == 5:
-                found["losses"].append(result.tolist()[:4])
-            return result
+        clip, gradients = scale.clip_gradients, Learner.gradients
 
         def watched_clip(parameters, most):
             norms = [state.whole(p.grad).norm() for p in parameters if p.grad is not None]
@@ -104,18 +97,20 @@ def recorded(config: TrainConfig, *, world: int = 1, kill_at: int | None = None)
             assert told.item() == pytest.approx(found["norms"][-1], rel=1e-3, abs=1e-5)
             return told
 
-        def watched_gradients(learner, micro_batches):
+        def watched_gradients(learner, step, batches):
             if kill_at is not None and len(found["sentences"]) == kill_at:
                 # All together, when none has anything left to send: a process whose peer is gone aborts.
                 (notes / f"{rank}.here").touch()
                 while len(list(notes.glob("*.here"))) < world:
                     time.sleep(0.01)
                 os.kill(os.getpid(), signal.SIGKILL)
-            found["sentences"].append([[r.sent_id for r in batch.records] for batch in micro_batches])
+            found["sentences"].append([[r.sent_id for r in batch.records] for batch in batches])
             (notes / f"{rank}.json").write_text(json.dumps(found))
-            return gradients(learner, micro_batches)
+            report = gradients(learner, step, batches)
+            found["losses"].append(torch.stack([*report.losses]).tolist())
+            return report
 
-        scale.mean_over_processes, scale.clip_gradients = watched_mean, watched_clip
+        scale.clip_gradients = watched_clip
         Learner.gradients = watched_gradients
         train(config)
         (notes / f"{rank}.json").write_text(json.dumps(found))
@@ -228,14 +223,14 @@ def test_gradient_that_is_not_finite_on_one_process_leaves_the_step_out_on_both(
     def task(rank: int) -> None:
         gradients, steps = Learner.gradients, []
 
-        def poisoned(learner: Learner, micro_batches: Any) -> torch.Tensor:
+        def poisoned(learner: Learner, step: int, batches: Any) -> StepReport:
             steps.append(1)
             if rank == 1 and len(steps) == 2:
                 hook = learner.parameters[0].register_hook(lambda grad: grad * float("nan"))
-                means = gradients(learner, micro_batches)
+                report = gradients(learner, step, batches)
                 hook.remove()
-                return means
-            return gradients(learner, micro_batches)
+                return report
+            return gradients(learner, step, batches)
 
         Learner.gradients = poisoned
         train(config)

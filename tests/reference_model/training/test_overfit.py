@@ -1,7 +1,5 @@
 """The whole model can learn: it knows four pairs by heart."""
 
-from dataclasses import replace
-
 import pytest
 
 from reference_model.checkpoints.checkpoint import load_checkpoint
@@ -12,6 +10,7 @@ from reference_model.scoring.metris_predictor import MetrisPredictor
 from reference_model.synthetic.config import GenerateConfig
 from reference_model.synthetic.generate import generate
 from reference_model.training.train import train
+from tests.support.options import replace
 
 
 @pytest.mark.slow

@@ -12,7 +12,6 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +24,12 @@ from reference_model.data.config import ConvertConfig, DataConfig
 from reference_model.data.convert import convert
 from reference_model.files import InputError
 from reference_model.scoring.evaluator import Evaluator
+from reference_model.training import data, state
 from reference_model.training import run as run_module
-from reference_model.training import state
-from reference_model.training import train as loop
 from reference_model.training.config import TrainConfig
 from reference_model.training.learner import Learner
 from reference_model.training.train import train
+from tests.support.options import replace
 
 STEPS = 14
 
@@ -203,8 +202,8 @@ def test_sigterm_saves_and_exits_with_zero(long_config, uninterrupted, tmp_path,
     def task():
         update, done = Learner.update, []
 
-        def then_terminate(learner):
-            update(learner)
+        def then_terminate(learner, report):
+            update(learner, report)
             done.append(1)
             if len(done) == 5:
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -234,8 +233,8 @@ def test_sigterm_to_the_whole_job_saves_too(long_config, tmp_path, workers):
         os.setpgrp()
         update, done = Learner.update, []
 
-        def then_terminate(learner):
-            update(learner)
+        def then_terminate(learner, report):
+            update(learner, report)
             done.append(1)
             if len(done) == 3:
                 os.killpg(0, signal.SIGTERM)
@@ -270,7 +269,7 @@ def test_sigterm_at_odd_moments_loses_nothing(long_config, uninterrupted, tmp_pa
     def task():
         match moment:
             case "reading":
-                before(loop, "read")
+                before(data, "read")
             case "end of an epoch":
                 before(Learner, "gradients", epoch)
             case "evaluation":
@@ -326,11 +325,11 @@ def killed_at_step(step: int, config: TrainConfig) -> int:
     def task():
         gradients, begun = Learner.gradients, []
 
-        def kill(learner, micro_batches):
+        def kill(learner, number, batches):
             begun.append(1)
             if len(begun) == step:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return gradients(learner, micro_batches)
+            return gradients(learner, number, batches)
 
         Learner.gradients = kill
         train(config)
@@ -506,7 +505,7 @@ def test_kill_after_an_evaluation_keeps_the_best_ones_before(run_config, tmp_pat
 
 def test_unfinished_run_of_other_settings_is_refused_by_name(interrupted):
     other = replace(interrupted, learning_rate=1e-4, model=replace(interrupted.model, ratio=0.5))
-    with pytest.raises(InputError, match=r"learning_rate=0.001 \(asked for 0.0001\)") as refusal:
+    with pytest.raises(InputError, match=r"optim\.learning_rate=0.001 \(asked for 0.0001\)") as refusal:
         train(other)
     assert "model.ratio=0.3 (asked for 0.5)" in str(refusal.value)
     assert "ema_decay" not in str(refusal.value)
@@ -567,12 +566,12 @@ def test_second_command_in_a_run_is_refused(long_config, tmp_path, monkeypatch):
     config = replace(long_config, out=tmp_path / "run")
     gradients, tried = Learner.gradients, []
 
-    def meanwhile(learner, micro_batches):
+    def meanwhile(learner, step, batches):
         if not tried:
             tried.append(1)
             # Twice: one that is refused leaves the lock of the other alone.
             assert in_child(lambda: refused(config)) == in_child(lambda: refused(config)) == 0
-        return gradients(learner, micro_batches)
+        return gradients(learner, step, batches)
 
     monkeypatch.setattr(Learner, "gradients", meanwhile)
     train(config)

@@ -2,7 +2,6 @@
 
 import json
 from contextlib import nullcontext
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +11,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from timm.layers import BatchNormAct2d
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from reference_model.checkpoints.checkpoint import load_checkpoint
 from reference_model.cli import main
@@ -24,8 +24,10 @@ from reference_model.training import distributed as scale
 from reference_model.training import journal, state
 from reference_model.training.config import TrainConfig
 from reference_model.training.learner import Learner
+from reference_model.training.run import Run
 from reference_model.training.schedule import adamw, polynomial_decay
 from reference_model.training.train import train
+from tests.support.options import replace
 
 images = st.lists(st.integers(0, 6), min_size=1, max_size=40)
 
@@ -167,8 +169,8 @@ def test_training_lowers_the_loss(another):
     [
         ({"batch_size": 0}, "batch_size: must be > 0, got 0"),
         ({"steps": -3}, "steps: must be > 0, got -3"),
-        ({"learning_rate": float("nan")}, "learning_rate: must be > 0"),
-        ({"contrastive_weight": -1.0}, "contrastive_weight: must be >= 0, got -1"),
+        ({"learning_rate": float("nan")}, "optim.learning_rate: must be > 0"),
+        ({"contrastive_weight": -1.0}, "loss.contrastive_weight: must be >= 0"),
     ],
 )
 def test_nonsense_is_refused_before_anything_is_written(another, changes, says):
@@ -186,7 +188,7 @@ def test_finished_run_is_not_overwritten(run, run_config):
 
 
 def test_loss_that_is_not_finite_stops_the_run(another):
-    with pytest.raises(InputError, match=r"step \d+: loss is (nan|inf).*lower learning_rate"):
+    with pytest.raises(InputError, match=r"step \d+: loss is (nan|inf).*lower optim.learning_rate"):
         train(another(learning_rate=1e30, steps=20))
 
 
@@ -246,8 +248,8 @@ def test_learning_rate_of_an_encoder_is_multiplied(another, held):
 def test_average_of_the_weights_is_what_is_kept(another, held, monkeypatch):
     seen, update = [], Learner.update
 
-    def watched(learner):
-        update(learner)
+    def watched(learner, report):
+        update(learner, report)
         seen.append({name: p.detach().clone() for name, p in learner.model.named_parameters()})
 
     monkeypatch.setattr(Learner, "update", watched)
@@ -369,10 +371,11 @@ def poisoned(monkeypatch, steps):
     """Make the loss of some steps infinite."""
     gradients, count = Learner.gradients, []
 
-    def watched(learner, micro_batches):
-        means = gradients(learner, micro_batches)
+    def watched(learner, step, batches):
+        report = gradients(learner, step, batches)
         count.append(1)
-        return means * float("inf") if len(count) in steps else means
+        infinite = report.losses._replace(total=report.losses.total * float("inf"))
+        return report._replace(losses=infinite) if len(count) in steps else report
 
     monkeypatch.setattr(Learner, "gradients", watched)
 
@@ -389,13 +392,53 @@ def test_loss_that_is_not_finite_dumps_its_sentences(another, monkeypatch):
     assert {"sent_id", "image_id", "expression"} <= dumped["sentences"][0].keys()
 
 
+def test_steps_wait_for_the_device_only_where_a_line_is_logged(another, monkeypatch):
+    """Reading a number from the device waits for all that it has to do."""
+    reads, inside = [], Learner.gradients
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._local_scalar_dense.default and args[0].is_floating_point():
+                reads[-1] += 1  # whole numbers are counts, which live on the CPU
+            return func(*args, **kwargs or {})
+
+    def watched(learner, step, batches):
+        reads.append(0)
+        return inside(learner, step, batches)
+
+    monkeypatch.setattr(Learner, "gradients", watched)
+    monkeypatch.setattr(Run, "evaluate", lambda run, log: run.best.ranked.append((0.0, run.step)))
+    monkeypatch.setattr(Run, "finish", lambda run: run.out)
+    reads.append(0)
+    with Watch():
+        train(another(steps=7, log_every=3, save_every=0))
+    assert len(reads) == 8
+    assert [step for step, count in enumerate(reads[1:], start=1) if count] == []
+
+
+def test_step_that_is_not_finite_changes_no_weight_though_it_is_seen_later(another, monkeypatch):
+    poisoned(monkeypatch, {2})
+    weights, update = [], Learner.update
+
+    def watched(learner, report):
+        update(learner, report)
+        weights.append([p.detach().clone() for p in learner.parameters])
+
+    monkeypatch.setattr(Learner, "update", watched)
+    with pytest.raises(InputError, match="step 2: loss is inf"):
+        train(another(steps=4, log_every=3))
+    assert len(weights) == 3, "the next line of the log is where it is seen"
+    assert all(a.equal(b) for a, b in zip(weights[0], weights[1], strict=True))
+    assert not all(a.equal(b) for a, b in zip(weights[1], weights[2], strict=True))
+
+
 def test_loss_that_is_not_finite_is_skipped_up_to_the_limit(another, monkeypatch, held):
-    updates, update = [], Learner.update
-    monkeypatch.setattr(Learner, "update", lambda learner: (updates.append(1), update(learner)))
+    undone, undo = [], Learner._undo
+    monkeypatch.setattr(Learner, "_undo", lambda learner: (undone.append(1), undo(learner)))
     poisoned(monkeypatch, {2, 3})
     config = another(skip_nonfinite=2, steps=5)
     train(config)
-    assert len(updates) == 3 and len(list(config.out.glob("nonfinite-step-*.json"))) == 2
+    assert len(undone) == 2 and len(list(config.out.glob("nonfinite-step-*.json"))) == 2
     poisoned(monkeypatch, {2, 3})
     with pytest.raises(InputError, match=r"step 3: .* after 1 steps left out \(skip_nonfinite\)"):
         train(another(skip_nonfinite=1, out=config.out.parent / "other"))
@@ -411,16 +454,16 @@ def test_step_that_is_left_out_leaves_no_trace_in_batch_norm(another, small, mon
     )
     gradients, steps, norms = Learner.gradients, [], []
 
-    def watched(learner, micro_batches):
+    def watched(learner, step, batches):
         steps.append(1)
         norms[:] = [part for part in learner.model.modules() if isinstance(part, torch.nn.BatchNorm2d)]
         if len(steps) != 2:
-            return gradients(learner, micro_batches)
+            return gradients(learner, step, batches)
         hook = norms[0].register_forward_pre_hook(lambda _, inputs: (inputs[0] * float("nan"),))
-        means = gradients(learner, micro_batches)
+        report = gradients(learner, step, batches)
         hook.remove()
         assert not norms[0].running_mean.isfinite().any()
-        return means
+        return report
 
     monkeypatch.setattr(Learner, "gradients", watched)
     train(config)
@@ -441,11 +484,11 @@ def test_fp16_goes_on_after_a_step_that_was_left_out(another, monkeypatch):
         return accelerator
 
     monkeypatch.setattr(scale, "start_processes", with_a_scale)
-    leave_out = Learner.leave_out
+    undo = Learner._undo
     monkeypatch.setattr(
         Learner,
-        "leave_out",
-        lambda self: (leave_out(self), scales.append(self.accelerator.scaler.get_scale())),
+        "_undo",
+        lambda self: (undo(self), scales.append(self.accelerator.scaler.get_scale())),
     )
     poisoned(monkeypatch, {2})
     train(config)
@@ -484,16 +527,16 @@ def test_tracker_gets_what_the_log_does(another):
 def test_gradient_that_is_not_finite_stops_the_run_before_it_spoils_the_weights(another):
     """With a finite loss: an overflow on the way back alone."""
     config = another(save_every=1)
-    steps, clip = [], Learner.clip
+    steps, clip = [], scale.clip_gradients
 
-    def spoilt(learner):
+    def spoilt(parameters, most):
         steps.append(1)
         if len(steps) == 3:
-            learner.parameters[0].grad.fill_(float("nan"))
-        return clip(learner)
+            parameters[0].grad.fill_(float("nan"))
+        return clip(parameters, most)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Learner, "clip", spoilt)
+        patch.setattr(scale, "clip_gradients", spoilt)
         with pytest.raises(InputError, match=r"step 3: gradient norm is nan on sentences .*another --out"):
             train(config)
     newest = state.load_state(state.newest_state(config.out))
