@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from jsonargparse.typing import NonNegativeInt
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -28,7 +30,7 @@ class DataConfig:
     """What a malformed record or a broken image does: stop with one line, or be left out and counted. A
     command that looks at a run skips where its training did."""
 
-    workers: int = 0
+    workers: NonNegativeInt = 0
     """Processes that load batches, 0 or more; 0 loads in the training process itself."""
 
 

@@ -30,10 +30,10 @@ from reference_model.training import distributed as scale
 from reference_model.training import state
 from reference_model.training.best import BestWeights, metric_of
 from reference_model.training.config import TrainConfig, resources
-from reference_model.training.data import TrainingData
 from reference_model.training.folder import copy_generated_note
 from reference_model.training.journal import LOG, Log, Meter, peak_memory, write_note
 from reference_model.training.learner import Learner, StepReport
+from reference_model.training.training_data import TrainingData
 
 
 def seed_process(*numbers: int) -> None:

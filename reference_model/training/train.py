@@ -18,12 +18,12 @@ from reference_model.scoring.metris_predictor import MetrisPredictor
 from reference_model.tokens import report_overlong
 from reference_model.training import distributed
 from reference_model.training.config import TrainConfig
-from reference_model.training.data import open_training_data
 from reference_model.training.folder import lock_run_folder
 from reference_model.training.journal import Log, Meter, progress_bar
 from reference_model.training.learner import Learner
 from reference_model.training.run import Run
 from reference_model.training.schedule import polynomial_decay
+from reference_model.training.training_data import open_training_data
 
 _DRY_STEPS = 2
 

@@ -82,7 +82,7 @@ def test_dropped_options_load_at_the_value_that_is_left_and_are_refused_at_anoth
 
 def test_paper_settings_are_the_defaults():
     config = TrainConfig(data=None)
-    assert (config.epochs, config.batch_size, config.learning_rate) == (40, 16, 3e-5)
+    assert (config.epochs, config.batch_size, config.optim.learning_rate) == (40, 16, 3e-5)
     model = ModelConfig()
     assert (model.image_size, model.ratio, model.divide_by_count) == (480, 0.3, True)
     assert model.aggregation_temperature == 1.0 and model.image_encoder.startswith(
@@ -249,10 +249,10 @@ def test_hostile_yaml_is_refused_in_one_line(yaml, says, tmp_path, capsys):
         ("--model.image_encoder_options.output_stride", "7", "timm cannot build it"),
         ("--model.text_weights", "nowhere", "nowhere"),
         ("--model.image_weights", "nowhere.pth", "nowhere.pth"),
-        ("--clip_norm", "-1", "clip_norm: must be > 0, got -1"),
-        ("--poly_power", ".nan", "poly_power: must be >= 0, got nan"),
-        ("--seed", "4611686018427387904", "seed: must be in [0, 2^31)"),
-        ("--data.workers", "-1", "data.workers: must be in [0, 2^31), got -1"),
+        ("--optim.clip_norm", "-1", "optim.clip_norm: must be > 0 and < inf, got -1"),
+        ("--optim.poly_power", "nan", "optim.poly_power: must be >= 0 and < inf, got nan"),
+        ("--seed", "4611686018427387904", "seed: must be >= 0 and < 2^31"),
+        ("--data.workers", "-1", "data.workers: must be >= 0, got -1"),
     ],
 )
 def test_values_that_no_model_can_have_are_refused_before_anything_is_written(

@@ -24,8 +24,8 @@ from reference_model.data.config import ConvertConfig, DataConfig
 from reference_model.data.convert import convert
 from reference_model.files import InputError
 from reference_model.scoring.evaluator import Evaluator
-from reference_model.training import data, state
 from reference_model.training import run as run_module
+from reference_model.training import state, training_data
 from reference_model.training.config import TrainConfig
 from reference_model.training.learner import Learner
 from reference_model.training.train import train
@@ -269,7 +269,7 @@ def test_sigterm_at_odd_moments_loses_nothing(long_config, uninterrupted, tmp_pa
     def task():
         match moment:
             case "reading":
-                before(data, "read")
+                before(training_data, "read")
             case "end of an epoch":
                 before(Learner, "gradients", epoch)
             case "evaluation":
