@@ -42,9 +42,9 @@ PRESETS = {
 }
 VARIANTS: dict[str, tuple[str, ...]] = {
     "float32": (),
-    "bf16": ("--precision", "bf16"),
-    "bf16, compiled": ("--precision", "bf16", "--compile"),
-    "checkpointed activations": ("--checkpoint_activations",),
+    "bf16": ("--parallel.precision", "bf16"),
+    "bf16, compiled": ("--parallel.precision", "bf16", "--parallel.compile"),
+    "checkpointed activations": ("--parallel.checkpoint_activations",),
 }
 LEFT_OUT_ON_CPU = {
     "bf16": "on a CPU, where bf16 gains nothing for metris_tiny either",
@@ -80,7 +80,7 @@ def run(preset: str, variant: str, data: Path, out: Path) -> dict[str, float]:
         "--cache=false",
     ]
     command += [f"--batch_size={batch}", "--sentences_per_image=1"]
-    command += ["--evaluate_every=0", "--save_every=0", "--log_every=1"]
+    command += ["--evaluate_every=0", "--checkpointing.save_every=0", "--logging.log_every=1"]
     subprocess.run([*command, *VARIANTS[variant]], check=True, stdout=sys.stderr)
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     steady = [entry for entry in log if "total" in entry][steps // 4 + 1 :]

@@ -9,6 +9,8 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import set_parsing_settings
+
 from reference_model.configs import (
     PRESETS,
     Help,
@@ -129,7 +131,7 @@ def _run(arguments: list[str]) -> int:
     if arguments[0] == "--version":
         print(f"metris {metadata.version('metris-blocks')}")
         return 0
-    if arguments[0].startswith("--print_shtab"):
+    if arguments[0].startswith("--print_completion"):
         _all_commands().parse_args(arguments)
     name, *rest = arguments
     if rest and f"{name} {rest[0]}" in COMMANDS:
@@ -202,7 +204,8 @@ def _parser(name: str, config_class: type) -> Parser:
 
 
 def _all_commands() -> Parser:
-    """Give one parser of all commands, whose --print_shtab is jsonargparse's own script for a shell."""
+    """Give one parser of all commands, whose --print_completion is jsonargparse's own script for a shell."""
+    set_parsing_settings(add_print_completion_argument=True)
     whole = Parser(prog="metris")
     commands, pairs = whole.add_subcommands(), {}
     for name, (place, _) in COMMANDS.items():

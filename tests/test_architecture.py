@@ -43,7 +43,6 @@ BELOW["profile"] = ("model", "cost", "processes")
 BELOW["info"] = ("scoring", "viewing")
 BELOW["app"] = ("viewing", "synthetic", "training", *BELOW["viewing"])
 BELOW["ablate"] = ("training", "viewing", *BELOW["viewing"])
-BELOW["completion"] = ("cli", "viewing")
 BELOW["cli"] = tuple(BELOW)
 BELOW["__main__"] = ("cli",)
 

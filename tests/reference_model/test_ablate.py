@@ -257,8 +257,8 @@ def test_preset_and_options_reach_every_run():
         (["--table", "7"], "table 7: unknown; there are 5, 6, fig6, 8,"),
         (["--rows", "nothing"], "rows: table 5 has no nothing; there are pure_le, enhanced_le"),
         (["--splits", "val,tset"], "tset"),
-        (["--seeds", "0"], "seeds: must be in [1, 100], got 0"),
-        (["--jobs", "0"], "jobs: must be in [1, 256], got 0"),
+        (["--seeds", "0"], "seeds: must be > 0, got 0"),
+        (["--jobs", "0"], "jobs: must be > 0, got 0"),
         (["--out", "/proc/none"], "/proc/none"),
     ],
 )

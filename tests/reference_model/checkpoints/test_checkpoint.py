@@ -153,5 +153,5 @@ def test_vocabulary_larger_than_the_text_weights_is_refused(another, tmp_path):
     BertModel(BertConfig(vocab_size=90, **shape)).save_pretrained(tmp_path / "bert")
     build_tokenizer(["red star"]).save_pretrained(tmp_path / "bert")
     config = another()
-    with pytest.raises(InputError, match=r"tokenizer: has \d+ entries, but the text encoder 90"):
+    with pytest.raises(InputError, match=r"tokenizer has \d+ entries, but the model has vocab_size 90"):
         train(replace(config, model=replace(config.model, text_weights=tmp_path / "bert")))

@@ -35,7 +35,7 @@ from reference_model.scoring.table import score_table
 from reference_model.synthetic.config import GenerateConfig
 from reference_model.synthetic.generate import generate
 from reference_model.tokens import build_tokenizer
-from reference_model.training import run as training
+from reference_model.training import best as training
 from reference_model.training.train import train
 from reference_model.viewing import predict as viewing
 from reference_model.viewing.config import PredictConfig
