@@ -37,7 +37,8 @@ ablations: $(VENV)/.ready
 		$(if $(ROWS),--rows $(ROWS)) $(if $(STEPS),--steps $(STEPS)) --seeds $(or $(SEEDS),3) --jobs 2
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -n auto --maxprocesses 4
+# A file stays on one worker, so that what its tests share is made once.
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 # The triton kernels once more, in Triton's interpreter: it reads the variable when a kernel is defined.
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 tests/ops -k triton
 

@@ -1,5 +1,7 @@
 """One process or several that torchrun started: joining them, and what one has to know of the others."""
 
+import atexit
+import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
@@ -82,6 +84,14 @@ def pick_device(name: str) -> torch.device:
 def outlive_sigterm(worker: int) -> None:
     """Leave SIGTERM to the process that trains: schedulers send it to all of a job (a ``worker_init_fn``).
 
-    A worker ends with its parent in any case.
+    A worker ends with its parent in any case, which ends it by `_end_workers` where it did not do so before.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Kill workers that are left: at exit Python would send them SIGTERM and wait for them, for ever."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()

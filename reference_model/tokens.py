@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from reference_model.files import InputError, shown
+from reference_model.files import InputError, one_line, shown
 
 if TYPE_CHECKING:
     from transformers import BertTokenizer, PreTrainedTokenizerBase
@@ -211,5 +211,6 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _no_weights(what: str, source: str | Path, error: Exception) -> str:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return f"{what} {source}: cannot be loaded ({reason}); give a local folder, or leave pretrained off"
+    return (
+        f"{what} {source}: cannot be loaded ({one_line(error)}); give a local folder, or leave pretrained off"
+    )

@@ -225,6 +225,7 @@ def test_trees_take_turns_and_ratios_are_of_pairs(monkeypatch):
     assert order == ["here", "base"] * 6
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs the history")
 def test_bench_compare_runs_two_trees():
     words = ["HEAD", "--only", "relevance stage4-b1 forward$", "--rounds", "2", "--threads", "1"]

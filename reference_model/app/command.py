@@ -1,6 +1,5 @@
 """The command ``app``: a checkpoint, or else the demo's, in the browser."""
 
-import importlib.util
 import socket
 import sys
 from dataclasses import replace
@@ -25,11 +24,7 @@ def app(config: AppConfig) -> None:
     Raises:
         InputError: The checkpoint cannot be used, the port is taken, or gradio is missing.
     """
-    for package in ("gradio", "matplotlib"):  # importing them takes seconds
-        if importlib.util.find_spec(package) is None:
-            raise InputError(f"app: needs {package}; pip install 'metris-blocks[app]'")
-    if not 1 <= config.port <= 65535:
-        raise InputError(f"port: must be in [1, 65535], got {config.port}")
+    config.check()
     _refuse_taken(config.host, config.port)
     device = pick_device(config.device)
     folder = demo_run(config.demo) if config.checkpoint is None else config.checkpoint

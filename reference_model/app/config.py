@@ -1,7 +1,11 @@
 """Options of the page; no torch here."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+
+from reference_model.checkpoints.config import refuse_incomplete
+from reference_model.files import InputError
 
 
 @dataclass(frozen=True)
@@ -19,3 +23,13 @@ class AppConfig:
     """Port to listen on, in [1, 65535]."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one."""
+
+    def check(self) -> None:
+        """Refuse what can be refused before torch is imported."""
+        for package in ("gradio", "matplotlib"):
+            if find_spec(package) is None:
+                raise InputError("app", f"needs {package}", "pip install 'metris-blocks[app]'")
+        if not 1 <= self.port <= 65535:
+            raise InputError("port", f"must be in [1, 65535], got {self.port}", "7860 is usual")
+        if self.checkpoint is not None:
+            refuse_incomplete(self.checkpoint)

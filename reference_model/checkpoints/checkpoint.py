@@ -15,6 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from reference_model.checkpoints.config import CONFIG as CONFIG
+from reference_model.checkpoints.config import TOKENIZER as TOKENIZER
+from reference_model.checkpoints.config import WEIGHTS as WEIGHTS
+from reference_model.checkpoints.config import refuse_incomplete
 from reference_model.configs import build, read_yaml
 from reference_model.data.images import rgb_image
 from reference_model.data.transforms import image_pixels, probabilities_at
@@ -24,7 +28,6 @@ from reference_model.model.config import ModelConfig
 from reference_model.model.metris import ImageFeatures, MetrisOutput
 from reference_model.tokens import load_tokenizer, tokenize
 
-WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.yaml", "tokenizer"
 GENERATED = "generated.json"
 """In a checkpoint trained on what `metris generate` made: the settings of that, as beside the data."""
 
@@ -216,11 +219,7 @@ def load_checkpoint(
         InputError: A part is missing or broken, or the weights do not fit the config.
     """
     folder = Path(source)
-    missing = [name for name in (CONFIG, WEIGHTS, TOKENIZER) if not (folder / name).exists()]
-    if missing:
-        raise InputError(
-            f"checkpoint {folder}: has no {', '.join(missing)}; give the folder that train wrote"
-        )
+    refuse_incomplete(folder)
     config = build(
         ModelConfig,
         read_yaml(folder / CONFIG, ModelConfig, section="model"),

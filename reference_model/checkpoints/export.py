@@ -24,7 +24,7 @@ from metris_blocks.ops import top_r_mask
 from reference_model.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from reference_model.checkpoints.config import ExportConfig
 from reference_model.configs import build
-from reference_model.files import InputError, refuse_unwritable, written_whole
+from reference_model.files import InputError, one_line, written_whole
 from reference_model.model.config import ModelConfig
 from reference_model.model.metris import IMAGENET_MEAN, IMAGENET_STD, METRIS, ImageFeatures, MetrisOutput
 from reference_model.processes import pick_device
@@ -105,7 +105,7 @@ def export_program(model: METRIS) -> torch.export.ExportedProgram:
             )
     except _REFUSALS as error:
         names = f"image encoder {config.image_encoder}, text encoder {config.text_encoder}"
-        raise InputError(f"{names}: cannot be exported ({_line(error)})") from error
+        raise InputError(f"{names}: cannot be exported ({one_line(error)})") from error
 
 
 def save_exported(checkpoint: Checkpoint, file: Path, *, format: Format) -> Agreement:
@@ -193,7 +193,9 @@ def load_exported(
             about["std"],
         )
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise InputError(f"{file}: does not say how to use it ({_line(error)}); export it again") from error
+        raise InputError(
+            f"{file}: does not say how to use it ({one_line(error)}); export it again"
+        ) from error
     return Checkpoint(model, tokenizer, config)
 
 
@@ -381,7 +383,7 @@ def _save_onnx(program: torch.export.ExportedProgram, file: Path, about: str) ->
     except ModuleNotFoundError as error:
         raise _missing("ONNX", error) from error
     except _REFUSALS as error:
-        raise InputError(f"model: has no form in ONNX ({_line(error)}); use --format pt2") from error
+        raise InputError(f"model: has no form in ONNX ({one_line(error)}); use --format pt2") from error
 
 
 def _open_onnx(file: Path, device: torch.device | str) -> tuple[Run, str]:
@@ -397,7 +399,9 @@ def _open_onnx(file: Path, device: torch.device | str) -> tuple[Run, str]:
         session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     # The errors of ONNX Runtime have no class of their own in common but this.
     except Exception as error:
-        raise InputError(f"{file}: is no ONNX file that can run ({_line(error)}); export it again") from error
+        raise InputError(
+            f"{file}: is no ONNX file that can run ({one_line(error)}); export it again"
+        ) from error
     names = [output.name for output in session.get_outputs()]
 
     def run(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -413,7 +417,7 @@ def _open_pt2(file: Path, device: torch.device | str) -> tuple[Run, str]:
         program = torch.export.load(file, extra_files=extra)
     except (OSError, BadZipFile, *_REFUSALS) as error:
         step = f"export it again with PyTorch {torch.__version__}"
-        raise InputError(f"{file}: is no .pt2 file that can run ({_line(error)}); {step}") from error
+        raise InputError(f"{file}: is no .pt2 file that can run ({one_line(error)}); {step}") from error
     if torch.device(device).type != "cpu":
         from torch.export.passes import move_to_device_pass
 
@@ -426,19 +430,13 @@ def _missing(what: str, error: ModuleNotFoundError) -> InputError:
     return InputError(f"{what}: needs {error.name}; pip install 'metris-blocks[export]'")
 
 
-def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def export(config: ExportConfig) -> None:
     """Run the command ``export``.
 
     Raises:
         InputError: The checkpoint cannot be used or exported, or the place not written.
     """
-    if config.out.suffix != f".{config.format}":
-        raise InputError(f"out {config.out}: must end in .{config.format}, by which predict knows the format")
-    refuse_unwritable(config.out)
+    config.check()
     found = save_exported(load_checkpoint(config.checkpoint), config.out, format=config.format)
     size = config.out.stat().st_size
     if config.json:

@@ -6,6 +6,8 @@ from typing import Literal
 
 from jsonargparse.typing import NonNegativeInt
 
+from reference_model.files import InputError
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -32,6 +34,15 @@ class DataConfig:
 
     workers: NonNegativeInt = 0
     """Processes that load batches, 0 or more; 0 loads in the training process itself."""
+
+    def refuse_missing(self) -> None:
+        """Refuse a root where nothing is.
+
+        Raises:
+            InputError: It is neither a file, a folder nor an address.
+        """
+        if not (str(self.root).startswith(("http:/", "https:/")) or self.root.exists()):
+            raise InputError(str(self.root), "no such file or folder", "give the root of a data set")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from metris_blocks import LanguageEnhancer, VisualExpressionExtractor
-from reference_model.files import InputError
+from reference_model.files import InputError, one_line
 from reference_model.model.config import ModelConfig
 from reference_model.model.guidance import Guidance, SelfAttention, UnmaskedAggregation
 from reference_model.model.image_encoder import ImageEncoder
@@ -37,16 +37,6 @@ def build_metris(config: ModelConfig) -> METRIS:
     widths = config.decoder_dim if isinstance(config.decoder_dim, list) else [config.decoder_dim]
     if not all(1 <= width <= 2**16 for width in widths):
         raise InputError(f"model: decoder_dim must be in [1, 65536], got {config.decoder_dim}")
-    try:
-        return _built(config)
-    except InputError:
-        raise
-    # What the encoders' own constructors raise on options that they cannot mean.
-    except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
-        raise InputError(f"model: {' '.join(str(error).split()) or type(error).__name__}") from error
-
-
-def _built(config: ModelConfig) -> METRIS:
     image_encoder = ImageEncoder(
         config.image_encoder,
         image_size=config.image_size,
@@ -68,11 +58,16 @@ def _built(config: ModelConfig) -> METRIS:
             f"model: guidance_dim is {dim}, but the text encoder gives {language_dim} channels, and one "
             f"guidance set holds the tokens of both; set guidance_dim={language_dim}"
         )
+    try:
+        guidance = _guidance(config, visual_dim, dim)
+        decoder = MaskDecoder(image_encoder.channels, dim, config.decoder_dim, **_layer(config))
+    except ValueError as error:  # so the blocks refuse widths, heads and ratios
+        raise InputError(f"model: {one_line(error)}") from error
     return METRIS(
         image_encoder,
         text_encoder,
-        _guidance(config, visual_dim, dim),
-        MaskDecoder(image_encoder.channels, dim, config.decoder_dim, **_layer(config)),
+        guidance,
+        decoder,
         NoTargetHead(dim) if config.no_target else None,
         cues=config.cues,
         silent_ids=() if config.articles else config.article_ids,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import SwinBackbone, SwinConfig
 
-from reference_model.files import InputError
+from reference_model.files import InputError, one_line
 from reference_model.model.swin_weights import load_original, read_original
 
 TRANSFORMERS = "transformers/"
@@ -127,7 +127,7 @@ class ImageEncoder(nn.Module):
             if h == w == self.image_size or isinstance(error, torch.OutOfMemoryError):
                 raise
             raise InputError(
-                f"image_encoder {self.name}: cannot take an image of {h}x{w} ({_first_line(error)}); "
+                f"image_encoder {self.name}: cannot take an image of {h}x{w} ({one_line(error)}); "
                 f"resize it to {self.image_size}x{self.image_size}, or set another image_size"
             ) from error
         return list(maps.feature_maps if self.name.startswith(TRANSFORMERS) else maps)[-4:]
@@ -150,7 +150,7 @@ def _timm_model(
     except (RuntimeError, TypeError, ValueError, AssertionError, LookupError, *_REFUSALS) as error:
         source = weights or ("timm's own weights" if pretrained else "no weights")
         raise InputError(
-            f"image_encoder {name}: timm cannot build it from {source} with {options}: {_first_line(error)}"
+            f"image_encoder {name}: timm cannot build it from {source} with {options}: {one_line(error)}"
         ) from error
     if original is not None:
         load_original(model, original, weights)
@@ -205,7 +205,7 @@ def _transformers_swin(
         source = weights or ("its own weights" if pretrained else "no weights")
         raise InputError(
             f"image_encoder {name}: transformers cannot build it from {source} with {options}: "
-            f"{_first_line(error)}"
+            f"{one_line(error)}"
         ) from error
     # Nothing reads the last norm, and parameters without gradient break distributed training.
     model.swin.layernorm = nn.Identity()
@@ -253,10 +253,6 @@ def _patch(backbone: nn.Module) -> tuple[int, int] | None:
         if hasattr(module, "patch_size") and hasattr(module, "strict_img_size"):
             return module.patch_size
     return None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _cell_centres(x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from reference_model.files import InputError
+from reference_model.files import InputError, one_line
 from reference_model.tokens import _no_weights
 
 # Encoders without a causal mask whose tokenizers put nothing before a sentence.
@@ -171,7 +171,10 @@ def _from_scratch(vocab_size: int, options: dict[str, Any]) -> PreTrainedModel:
     except StrictDataclassError as error:
         raise InputError(f"text_encoder_options: {' '.join(str(error).split())}") from error
     kind, without_pooler = _model_class(config, model_type)
-    return _stack(kind(config, **without_pooler))
+    try:
+        return _stack(kind(config, **without_pooler))
+    except (ValueError, ZeroDivisionError) as error:  # so transformers refuses heads that do not fit
+        raise InputError(f"text_encoder_options: {one_line(error)}") from error
 
 
 def _fills_gaps(config: PreTrainedConfig) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from reference_model.checkpoints.checkpoint import load_checkpoint
+from reference_model.configs import check_bounds
 from reference_model.data.convert import made_of
 from reference_model.data.datasets import read
 from reference_model.data.readers.reader import Reader, Split, as_list
@@ -175,24 +176,13 @@ def _asked(reader: Reader, protocol: Protocol, split: str, records: Iterable[Rec
 
 def _checked(config: EvaluateConfig) -> Protocol:
     """Refuse values out of their range, and give the protocol."""
-    given = [key for key in ("checkpoint", "model", "predictions") if getattr(config, key) is not None]
-    if len(given) != 1:
-        got = f"got {' and '.join(given)}" if given else "got none"
-        raise InputError(f"evaluate: give one of --checkpoint, --model or --predictions, {got}")
-    if config.batch_size < 1:
-        raise InputError(f"batch_size: must be >= 1, got {config.batch_size}")
-    if config.data.workers < 0:
-        raise InputError(f"data.workers: must be >= 0, got {config.data.workers}")
+    check_bounds(config)
+    config.check()
     protocol = PROTOCOLS[config.protocol]
-    if config.threshold is not None and config.predictions is not None:
-        raise InputError("threshold: does nothing to --predictions, which are masks already; leave it out")
     if config.threshold is not None:
         protocol = replace(protocol, threshold=config.threshold)
     if config.sentences is not None:
         protocol = replace(protocol, sentences=config.sentences)
-    for name, value in (("threshold", protocol.cutoff), ("no_target_threshold", config.no_target_threshold)):
-        if not 0 < value < 1:
-            raise InputError(f"{name}: must be in (0, 1), got {value:g}; 0.5 is usual")
     return protocol
 
 

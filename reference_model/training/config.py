@@ -153,6 +153,7 @@ class TrainConfig:
             if split not in (name, f"{name}_seen"):
                 problem = f"must be {name} or {name}_seen, got {split}"
                 raise InputError(f"{name}_split", problem, "tests select nothing")
+        self.data.refuse_missing()
         tracker = self.logging.tracker
         if tracker != "none" and find_spec(tracker) is None:
             raise InputError(f"tracker {tracker}", "is not installed", f"pip install {tracker}")

@@ -3,7 +3,9 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from reference_model.checkpoints.config import refuse_incomplete
 from reference_model.data.config import DataConfig
+from reference_model.files import InputError, refuse_unwritable
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,33 @@ class PredictConfig:
     json: bool = False
     """Print JSON instead of a table."""
 
+    def check(self) -> None:
+        """Refuse what can be refused before torch is imported.
+
+        Raises:
+            InputError: An option is missing or contradicts another one, or a file is not there or not ours to
+                write.
+        """
+        brings_sentences = self.image is not None and self.image.suffix.lower() == ".jsonl"
+        if self.data is None and (self.image is None or not (self.expression or brings_sentences)):
+            step = 'give --image and --expression "the red boat", or --data.root and --split'
+            raise InputError("predict", "does not say what to look for, and where", step)
+        if self.data is not None and self.image is not None:
+            raise InputError("predict", "got --image and --data, expected one of them", "leave one out")
+        if self.checkpoint.suffix not in (".onnx", ".pt2") or not self.checkpoint.is_file():
+            refuse_incomplete(self.checkpoint)
+        if self.data is not None:
+            self.data.refuse_missing()
+        elif not self.image.exists():
+            raise InputError(str(self.image), "no such file", "give an image, a folder of images or a .jsonl")
+        elif not (self.image.is_dir() or brings_sentences):
+            out = Path("mask.png") if self.out is None else self.out
+            if not out.name or out.name == ".." or out.suffix.lower() not in ("", ".png"):
+                raise InputError(f"out {out}", "must name a PNG file", "such as mask.png")
+            if self.image.resolve() == out.with_suffix(".png").resolve():
+                raise InputError(f"out {out}", "is the image itself", "choose another name")
+            refuse_unwritable(out.with_suffix(".png"))
+
 
 @dataclass(frozen=True)
 class FiguresConfig:
@@ -83,6 +112,13 @@ class FiguresConfig:
     json: bool = False
     """Print JSON instead of a table."""
 
+    def check(self) -> None:
+        """Refuse what can be refused before torch is imported."""
+        for run in (self.checkpoint, *(Path(run.strip()) for run in (self.against or "").split(",") if run)):
+            refuse_incomplete(run)
+        if self.data is not None:
+            self.data.refuse_missing()
+
 
 @dataclass(frozen=True)
 class ReportConfig:
@@ -112,6 +148,12 @@ class ReportConfig:
     json: bool = False
     """Print JSON instead of lines."""
 
+    def check(self) -> None:
+        """Refuse what can be refused before torch is imported."""
+        refuse_incomplete(self.run)
+        if self.data is not None:
+            self.data.refuse_missing()
+
 
 @dataclass(frozen=True)
 class PlotConfig:
@@ -123,6 +165,15 @@ class PlotConfig:
     """The picture, as PNG. None: log.png in the first run."""
     json: bool = False
     """Print JSON instead of a line."""
+
+    def check(self) -> None:
+        """Refuse what can be refused before torch is imported."""
+        if not self.runs:
+            raise InputError("plot", "got no run", "give the folders of runs, as in metris plot RUN RUN")
+        for run in self.runs:
+            if not (run / "log.jsonl").is_file():
+                problem = "cannot be read (No such file or directory)"
+                raise InputError(str(run / "log.jsonl"), problem, "give the folder of a run")
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,7 @@ def plot(config: PlotConfig) -> Path:
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError("plot: needs matplotlib for its picture; pip install 'metris-blocks[report]'")
-    if not config.runs:
-        raise InputError("plot: give the folders of runs, as in metris plot RUN RUN")
+    config.check()
     logs = {run: entries(run) for run in config.runs}
     out = config.out or config.runs[0] / "log.png"
     refuse_unwritable(out)

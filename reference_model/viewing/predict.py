@@ -30,22 +30,13 @@ def predict(config: PredictConfig) -> list[Path]:
     Raises:
         InputError: The checkpoint, image, sentence, data or place to write cannot be used.
     """
-    if config.data is None and (config.image is None or not (config.expression or _lists(config.image))):
-        raise InputError('predict: give --image and --expression "the red boat", or --data.root and --split')
-    if config.data is not None and config.image is not None:
-        raise InputError("predict: got --image and --data, expected one of them")
+    config.check()
     many = None if config.image is None else jobs(config.image, config.expression)
     single = config.data is None and many is None
     if config.out is None:
         config = replace(config, out=Path("mask.png" if single else "masks"))
     if many is not None:
         refuse_unwritable(config.out / "mask.png")
-    if single:
-        if not config.out.name or config.out.name == ".." or config.out.suffix.lower() not in ("", ".png"):
-            raise InputError(f"out {config.out}: must name a PNG file, such as mask.png")
-        if config.image.resolve() == config.out.with_suffix(".png").resolve():
-            raise InputError(f"out {config.out}: is the image itself; choose another name")
-        refuse_unwritable(config.out.with_suffix(".png"))
     checkpoint = load(config.checkpoint, device=config.device)
     if config.data is not None:
         entries = _of_samples(config, checkpoint)
@@ -99,11 +90,6 @@ def _of_many(config: PredictConfig, checkpoint: Checkpoint, many: list[Job]) -> 
     if not entries:
         raise InputError(f"image {config.image}: none of its {len(many)} images can be used; mend them")
     return entries
-
-
-def _lists(image: Path) -> bool:
-    """Tell whether a file may bring its own sentences."""
-    return image.suffix.lower() == ".jsonl"
 
 
 def _table(entries: list[dict]) -> str:

@@ -203,6 +203,7 @@ def test_run_that_another_command_is_at_is_refused(config):
             command.ablate(replace(config, rows=FULL, seeds=1))
 
 
+@pytest.mark.slow
 def test_jobs_share_the_runs_and_give_the_same_scores(config):
     config = replace(config, seeds=1, rows="no_contrastive_loss,full")
     alone = command.ablate(config)

@@ -245,7 +245,7 @@ def test_hostile_yaml_is_refused_in_one_line(yaml, says, tmp_path, capsys):
         ("--model.guidance_dim", "64", "guidance_dim is 64, but the text encoder gives 128"),
         ("--model.mlp_ratio", "-1", "mlp_ratio=-1 leaves no channel"),
         ("--model.text_encoder_options.hiden_size", "25", "BertConfig has no hiden_size"),
-        ("--model.text_encoder_options.num_attention_heads", "0", "metris: error: model: "),
+        ("--model.text_encoder_options.num_attention_heads", "0", "text_encoder_options: "),
         ("--model.image_encoder_options.output_stride", "7", "timm cannot build it"),
         ("--model.text_weights", "nowhere", "nowhere"),
         ("--model.image_weights", "nowhere.pth", "nowhere.pth"),

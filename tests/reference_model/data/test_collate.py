@@ -329,3 +329,14 @@ def test_record_can_be_a_key_and_differs_by_its_sentence(records):
     assert len(set(records)) == len(records)
     assert records[0] == pickle.loads(pickle.dumps(records[0])) and records[0] != records[1]
     assert np.array_equal(records[0].mask(), records[1].mask())
+
+
+def test_process_ends_though_a_worker_that_leaves_sigterm_alone_is_still_there():
+    code = (
+        "from torch.utils.data import DataLoader\n"
+        "from reference_model.processes import outlive_sigterm\n"
+        "options = {'num_workers': 1, 'persistent_workers': True, 'worker_init_fn': outlive_sigterm}\n"
+        "held = iter(DataLoader([1, 2], **options)); next(held)\n"
+        "held.itself = held  # as an error's traceback may hold it"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -315,7 +315,7 @@ def test_shards_are_scored_like_the_data_they_were_made_of(run, data, threshold,
     assert numbers(found) == pytest.approx(numbers(expected), abs=1e-4)
     assert found["evaluation"]["dataset"] == "refcoco" and found["evaluation"]["split_by"] == "unc"
     with pytest.raises(InputError, match="no split 'vall'; did you mean 'val'"):
-        evaluate(EvaluateConfig(sharded, tmp_path / "no checkpoint is looked for", splits="vall"))
+        evaluate(EvaluateConfig(sharded, run, splits="vall"))
 
 
 # ---- what is written ----------------------------------------------------------------------------

@@ -145,6 +145,7 @@ def scores(run: Path) -> list:
 # ------------------------------------------------------------------------------------------ killed at random
 
 
+@pytest.mark.slow
 def test_run_killed_at_twenty_random_points_ends_with_the_same_weights(long_config, uninterrupted, tmp_path):
     config = replace(long_config, out=tmp_path / "killed")
     draw, kills, in_write = random.Random(7), 0, 0
