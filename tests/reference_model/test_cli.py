@@ -1,6 +1,7 @@
 """The command line: presets and overrides, one-line errors, exit code 2, nothing half-written."""
 
 import ast
+import functools
 import importlib
 import inspect
 import json
@@ -16,10 +17,20 @@ import yaml
 from PIL import Image
 
 from reference_model.cli import COMMANDS, main, parse
-from reference_model.configs import DROPPED, build, preset_names, read_yaml, to_yaml
+from reference_model.configs import (
+    DROPPED,
+    RENAMED,
+    build,
+    check_bounds,
+    known_flags,
+    preset_names,
+    read_yaml,
+    to_yaml,
+)
+from reference_model.data.config import DataConfig
 from reference_model.files import InputError
 from reference_model.model.config import ModelConfig
-from reference_model.training.config import TrainConfig
+from reference_model.training.config import OptimConfig, TrainConfig
 
 
 def refused(capsys, *arguments):
@@ -50,6 +61,68 @@ def test_overrides_win_over_files_and_files_over_defaults(tmp_path):
     config = parse("train", ["--model.ratio", "0.5", f"--config={file}", "--data.root", "x"])
     assert (config.model.ratio, config.model.num_heads, config.batch_size) == (0.5, 4, 3)
     assert config.epochs == TrainConfig.epochs
+
+
+def test_config_of_before_the_groups_fills_them(tmp_path):
+    defaults = TrainConfig(data=None)
+    flat = {old: value_of(defaults, new) for old, new in RENAMED.items()}
+    changed = {"learning_rate": 0.5, "keep_best": 7, "contrastive_weight": 0.25, "accumulate": 3}
+    old = {"data": {"root": "x"}, "steps": 9, **flat, **changed, "log_every": 4}
+    (tmp_path / "old.yaml").write_text(yaml.safe_dump(old))
+    for config in (
+        build(TrainConfig, read_yaml(tmp_path / "old.yaml", TrainConfig), source="old"),
+        parse("train", ["--config", str(tmp_path / "old.yaml")]),
+    ):
+        for name, value in {**flat, **changed, "log_every": 4}.items():
+            assert value_of(config, RENAMED[name]) == value, name
+        assert config.steps == 9
+
+
+def value_of(config, dotted):
+    return functools.reduce(getattr, dotted.split("."), config)
+
+
+def test_option_under_both_of_its_names_is_refused(tmp_path):
+    (tmp_path / "c.yaml").write_text("{learning_rate: 0.1, optim: {learning_rate: 0.2}}")
+    with pytest.raises(InputError) as refused:
+        read_yaml(tmp_path / "c.yaml", TrainConfig)
+    assert "learning_rate and optim.learning_rate" in refused.value.problem and refused.value.step
+
+
+def test_every_boolean_works_bare_and_hyphens_do():
+    flags = known_flags(TrainConfig)
+    assert {"cache", "parallel.compile", "model.coordinates", "dry_run"} <= flags
+    for flag in flags:
+        for words in ([f"--{flag}"], [f"--{flag}", "true"], [f"--{flag.replace('_', '-')}=true"]):
+            assert value_of(parse("train", ["--data.root", "x", *words]), flag) is True
+        assert value_of(parse("train", ["--data.root", "x", f"--{flag}", "false"]), flag) is False
+
+
+def test_epochs_that_are_typed_stand_above_the_steps_of_a_preset():
+    tiny = ["--preset", "metris_tiny", "--data.root", "x"]
+    assert parse("train", tiny).steps == 800
+    config = parse("train", [*tiny, "--epochs", "3"])
+    assert (config.epochs, config.steps) == (3, None)
+    both = parse("train", [*tiny, "--epochs", "3", "--steps", "5"])
+    assert (both.epochs, both.steps) == (3, 5)
+
+
+def test_bounds_hold_for_configs_made_in_python_too():
+    check_bounds(TrainConfig(data=DataConfig(Path("x"))))
+    for config, thing in (
+        (TrainConfig(data=DataConfig(Path("x")), batch_size=0), "batch_size"),
+        (TrainConfig(data=DataConfig(Path("x"), workers=-1)), "data.workers"),
+        (TrainConfig(data=None, optim=OptimConfig(ema_decay=1.0)), "optim.ema_decay"),
+        (TrainConfig(data=None, optim=OptimConfig(learning_rate=float("nan"))), "optim.learning_rate"),
+    ):
+        with pytest.raises(InputError) as refused:
+            check_bounds(config)
+        assert refused.value.thing == thing and "must be" in refused.value.problem and refused.value.step
+
+
+def test_config_that_is_written_has_no_types_of_ours(tmp_path):
+    config = parse("train", ["--data.root", "x", "--optim.clip_norm", "1.5", "--seed", "3"])
+    assert yaml.safe_load(to_yaml(config))["optim"]["clip_norm"] == 1.5
 
 
 def test_options_of_the_encoder_can_be_set_one_by_one():
@@ -130,6 +203,8 @@ def test_help_needs_no_torch():
         (["train", "--data.root", "x", "--model.ratio", "much"], "model.ratio"),
         (["train", "--data.root", "x", "--model.norm", "post"], "model.norm"),
         (["train"], "data.root"),
+        (["train", "--data.root", "x", "--clip_norm", "1"], "did you mean optim.clip_norm?"),
+        (["train", "--data.root", "x", "--contrastive_rows", "all"], "contrastive_rows, it is gone"),
         (["train", "--config"], "--config needs a value"),
         (["train", "--config", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
         (["train", "--data.root", "nowhere", "--preset", "metris_tiny"], "nowhere"),
