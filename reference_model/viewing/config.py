@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from jsonargparse.typing import OpenUnitInterval
+
 from reference_model.checkpoints.config import refuse_incomplete
 from reference_model.data.config import DataConfig
 from reference_model.files import InputError, refuse_unwritable
@@ -45,9 +47,9 @@ class PredictConfig:
     """Split of the samples."""
     count: int = 6
     """Number of samples, evenly spaced over the split."""
-    threshold: float = 0.5
+    threshold: OpenUnitInterval = 0.5
     """Probability above which a pixel belongs to the mask, in (0, 1)."""
-    no_target_threshold: float = 0.5
+    no_target_threshold: OpenUnitInterval = 0.5
     """Probability of "no target", where a model tells it, above which a mask is empty, in (0, 1)."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one."""

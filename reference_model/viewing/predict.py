@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from reference_model.checkpoints.checkpoint import Checkpoint
 from reference_model.checkpoints.hub import load
+from reference_model.configs import check_bounds
 from reference_model.data.datasets import read
 from reference_model.data.images import open_image
 from reference_model.files import InputError, refuse_unwritable, written_whole
@@ -30,6 +31,7 @@ def predict(config: PredictConfig) -> list[Path]:
     Raises:
         InputError: The checkpoint, image, sentence, data or place to write cannot be used.
     """
+    check_bounds(config)
     config.check()
     many = None if config.image is None else jobs(config.image, config.expression)
     single = config.data is None and many is None

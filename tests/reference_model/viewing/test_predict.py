@@ -132,7 +132,7 @@ def test_largest_object_is_right_where_the_target_is_the_largest(run, scenes, tm
         ({"image": None}, "give --image and --expression"),
         ({"expression": None}, "give --image and --expression"),
         ({"expression": ["   "]}, "has no word"),
-        ({"threshold": 1.5}, r"threshold: must be in \(0, 1\), got 1.5"),
+        ({"threshold": 1.5}, r"threshold: must be > 0 and < 1, got 1.5"),
     ],
 )
 def test_nonsense_is_refused_and_nothing_written(run, photo, tmp_path, changes, says):
