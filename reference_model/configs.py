@@ -134,13 +134,13 @@ def read_yaml(path: str | Path, config: type, *, section: str | None = None) -> 
         where = f"section {section} of {path}" if section else str(path)
         raise InputError(f"{where}: holds a {type(loaded).__name__}, expected a mapping of config keys")
     # Of a checkpoint's network they no longer matter: they were about training, or are in its weights.
-    loaded = _renamed(loaded, config, str(path), refuse=section is None)
+    loaded = renamed(loaded, config, str(path), refuse=section is None)
     for key in _unknown_keys(loaded, config):
         refuse_unknown(str(path), key, config)
     return loaded
 
 
-def _renamed(
+def renamed(
     values: Mapping[str, Any], config: type, source: str, *, refuse: bool, prefix: str = ""
 ) -> dict[str, Any]:
     """Give config values under the names of today.
@@ -154,7 +154,7 @@ def _renamed(
     for key, kind in nested.items():
         if kind is not None and isinstance(today.get(key), dict):
             inside = f"{prefix}{key}."
-            today[key] = _renamed(today[key], kind, source, refuse=refuse, prefix=inside)
+            today[key] = renamed(today[key], kind, source, refuse=refuse, prefix=inside)
     for key in values.keys() - today.keys():
         if key in DROPPED:
             if refuse and values[key] != DROPPED[key]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from metris_blocks.ops import top_r_mask
 from reference_model.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from reference_model.checkpoints.config import ExportConfig
-from reference_model.configs import build
+from reference_model.configs import build, renamed
 from reference_model.files import InputError, one_line, written_whole
 from reference_model.model.config import ModelConfig
 from reference_model.model.metris import IMAGENET_MEAN, IMAGENET_STD, METRIS, ImageFeatures, MetrisOutput
@@ -177,7 +177,8 @@ def load_exported(
     run, found = _open_onnx(file, device) if onnx else _open_pt2(file, device)
     try:
         about = json.loads(found)
-        config = build(ModelConfig, about["model"], source=f"{file}, model")
+        source = f"{file}, model"
+        config = build(ModelConfig, renamed(about["model"], ModelConfig, source, refuse=False), source=source)
         with tempfile.TemporaryDirectory() as folder:
             for name, text in about["tokenizer"].items():
                 if not _TOKENIZER_FILE.fullmatch(name):
@@ -189,8 +190,8 @@ def load_exported(
             tuple(about["grid"]),
             tuple(about["extent"]),
             torch.device(device),
-            about["mean"],
-            about["std"],
+            about.get("mean", IMAGENET_MEAN),  # a recipe of one's own could leave them out
+            about.get("std", IMAGENET_STD),
         )
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise InputError(

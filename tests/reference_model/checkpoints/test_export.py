@@ -84,6 +84,26 @@ def test_predict_takes_the_file_in_place_of_the_checkpoint(file, run, scenes, tm
     assert np.array_equal(together[:1], load_checkpoint(run).predict(photo, ["star"]))
 
 
+def test_file_of_the_first_version_loads(run, scenes, monkeypatch, tmp_path):
+    """Its config has options that are gone, and its recipe may lack what the images are normalised by."""
+    about = export._about
+
+    def of_before(checkpoint):
+        found = about(checkpoint)
+        gone = {"straight_through": True, "learn_aggregation_temperature": False}
+        kept = {key: value for key, value in found.items() if key not in ("mean", "std")}
+        return kept | {"model": found["model"] | gone}
+
+    monkeypatch.setattr(export, "_about", of_before)
+    export.save_exported(load_checkpoint(run), tmp_path / "a.pt2", format="pt2")
+    photo = next((scenes / "images" / "train2014").glob("*.jpg"))
+    whole, old = (
+        one.predict(photo, ["the red star"], return_scores=True).probabilities
+        for one in (load_checkpoint(run), export.load(tmp_path / "a.pt2"))
+    )
+    np.testing.assert_allclose(old, whole, atol=1e-5)
+
+
 def test_file_tells_other_programs_how_to_use_it(file, run):
     config = load_checkpoint(run).config
     if file.suffix == ".onnx":
