@@ -166,10 +166,10 @@ def renamed(
         if group not in nested:
             today[key] = values[key]  # unknown here, and refused as that
             continue
-        inside = today.setdefault(group, {})
-        if name in inside:
-            raise InputError(source, f"has both {key} and {group}.{name}", f"remove {key}")
-        today[group] = {**inside, name: values[key]}
+        there = today.get(group) or {}
+        if not isinstance(there, dict) or name in there:
+            raise InputError(source, f"has both {key} and {group}, which it is in now", f"remove {key}")
+        today[group] = {**there, name: values[key]}
     return today
 
 
@@ -201,9 +201,8 @@ def refuse_unknown(source: str, key: str, config: type) -> NoReturn:
     last = key.rsplit(".", 1)[-1]
     if last in DROPPED:
         raise InputError(f"{source}: unknown key {key}, it is gone; all models have {DROPPED[last]}")
-    renamed = RENAMED.get(key)
-    known = known_keys(config)
-    hint = f", did you mean {renamed}?" if renamed in known else _nearest(key, known)
+    today, known = RENAMED.get(key), known_keys(config)
+    hint = f", did you mean {today}?" if today in known else _nearest(key, known)
     raise InputError(f"{source}: unknown key {key}{hint}")
 
 

@@ -91,7 +91,10 @@ def outlive_sigterm(worker: int) -> None:
 
 @atexit.register
 def _end_workers() -> None:
-    """Kill workers that are left: at exit Python would send them SIGTERM and wait for them, for ever."""
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()
+    """End workers that are left: at exit Python would send them SIGTERM and wait for them, for ever."""
+    workers = [child for child in multiprocessing.active_children() if child.daemon]
+    for worker in workers:
+        worker.terminate()
+    for worker in workers:
+        worker.join(timeout=1)
+        worker.kill()

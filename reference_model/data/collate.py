@@ -18,7 +18,7 @@ class Batch(NamedTuple):
     """b sentences about u different images."""
 
     images: Tensor
-    """(u, 3, s, s) uint8, each image once; a model takes them `normalized`."""
+    """(u, 3, s, s) uint8, each image once."""
 
     image_index: Tensor
     """(b,) int64; the row of ``images`` that a sentence is about."""

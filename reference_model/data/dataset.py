@@ -22,7 +22,7 @@ class Item(NamedTuple):
 
     record: Record
     image: Tensor
-    """(3, s, s) uint8: a quarter of what it takes once `normalized`, which is for the device to do."""
+    """(3, s, s) uint8: a quarter of what it takes normalised, which METRIS does on the device."""
 
     mask: Tensor
     """(s, s) bool; True inside the object."""

@@ -29,8 +29,8 @@ class StepReport(NamedTuple):
     norm: Tensor
     """Of the gradients before they are clipped, a scalar, the same on all processes. In fp16 it may be
     infinite while the loss scale settles; its scaler leaves such steps out."""
-    records: list[Record]
-    """Of this process's micro-batches."""
+    sentences: list[dict[str, Any]]
+    """Ids and texts of this process's micro-batches; records of shards would hold their images."""
 
 
 class Learner:
@@ -116,8 +116,8 @@ class Learner:
             scale.average_scalars(self.parameters)
         self.accelerator.unscale_gradients()
         norm = scale.clip_gradients(self.parameters, self.config.optim.clip_norm)
-        records = [record for batch in batches for record in batch.records]
-        return StepReport(step, Losses(*means.unbind()), norm.float(), records)
+        sentences = [_identity(record) for batch in batches for record in batch.records]
+        return StepReport(step, Losses(*means.unbind()), norm.float(), sentences)
 
     @property
     def checks_each_step(self) -> bool:
@@ -177,3 +177,7 @@ class Learner:
         state.restore(tensors, self.bare, self.optimiser, self.average)
         if self.accelerator.scaler is not None and scaler is not None:
             self.accelerator.scaler.load_state_dict(scaler)
+
+
+def _identity(record: Record) -> dict[str, Any]:
+    return {"sent_id": record.sent_id, "image_id": record.image_id, "expression": record.expression}

@@ -1,4 +1,4 @@
-"""The folder of a run: what is written before, while and after it trains, and how it is taken up again."""
+"""The course of a run: what is written before, while and after it trains, and how it resumes."""
 
 import json
 import math
@@ -16,12 +16,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from reference_model.checkpoints.checkpoint import (
-    CONFIG,
-    start_checkpoint,
-)
+from reference_model.checkpoints.checkpoint import CONFIG, start_checkpoint
 from reference_model.configs import build, read_yaml, to_yaml
-from reference_model.data.records import Record
 from reference_model.files import InputError, written_whole
 from reference_model.model.loss import Losses
 from reference_model.scoring.evaluator import Evaluator
@@ -216,7 +212,7 @@ class Run:
             InputError: It is not.
         """
         step, limit = report.step, self.config.checkpointing.skip_nonfinite
-        records = gather_object([_identity(record) for record in report.records])
+        records = gather_object(report.sentences)
         values = {name: str(value) for name, value in losses._asdict().items()} | {"gradient_norm": str(norm)}
         content = json.dumps({"step": step, **values, "sentences": records}, indent=2) + "\n"
         what = f"loss is {values['total']}" if not math.isfinite(losses.total) else f"gradient norm is {norm}"
@@ -338,10 +334,6 @@ def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _write(place: Path, content: str) -> None:
     with written_whole(place) as path:
         path.write_text(content)
-
-
-def _identity(record: Record) -> dict[str, Any]:
-    return {"sent_id": record.sent_id, "image_id": record.image_id, "expression": record.expression}
 
 
 def _laid_out(found: Mapping[str, Any]) -> str:

@@ -52,7 +52,8 @@ def open_training_data(config: TrainConfig, accelerator: Accelerator) -> Trainin
     train, val = reader.split(config.train_split), reader.split(config.val_split)
     val.refuse_empty("weights are selected by it")
     # The vocabulary of shards lies in their index.
-    sentences = [r.expression for r in train.listed] if train.listed else reader.sentences(train.name)
+    listed = train.listed is not None
+    sentences = [r.expression for r in train] if listed else reader.sentences(train.name)
     tokenizer, model = _tokenizer(config.model, sentences)
     options = {
         "collate": Collate(tokenizer, model.max_tokens),
@@ -78,7 +79,7 @@ def open_training_data(config: TrainConfig, accelerator: Accelerator) -> Trainin
         made = partial(ReferringDataset, train.listed, model.image_size, **images)
         loader = ListedLoader(made, sampler, **options)
         fingerprint = digest(train, val)
-    examples = sentences if train.listed else [r.expression for r in islice(train, 1000)]
+    examples = sentences if listed else [r.expression for r in islice(train, 1000)]
     return TrainingData(tokenizer, model, loader, val, fingerprint, examples)
 
 

@@ -82,11 +82,12 @@ def value_of(config, dotted):
     return functools.reduce(getattr, dotted.split("."), config)
 
 
-def test_option_under_both_of_its_names_is_refused(tmp_path):
-    (tmp_path / "c.yaml").write_text("{learning_rate: 0.1, optim: {learning_rate: 0.2}}")
+@pytest.mark.parametrize("optim", ["{learning_rate: 0.2}", "3", "[1]"])
+def test_old_option_beside_the_same_one_or_a_group_that_is_none_is_refused(optim, tmp_path):
+    (tmp_path / "c.yaml").write_text(f"{{learning_rate: 0.1, optim: {optim}}}")
     with pytest.raises(InputError) as refused:
         read_yaml(tmp_path / "c.yaml", TrainConfig)
-    assert "learning_rate and optim.learning_rate" in refused.value.problem and refused.value.step
+    assert "learning_rate and optim" in refused.value.problem and refused.value.step == "remove learning_rate"
 
 
 def test_every_boolean_works_bare_and_hyphens_do():
